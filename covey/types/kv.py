@@ -1,0 +1,287 @@
+"""The kvstore contract: leases, two-phase writes, reads by block, pins, events. Bytes never travel on NATS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId, WorkerId
+from covey.types.limits import bounded
+
+HASHES_MAX = 65536
+CHUNK_BYTES_MAX = 1_048_576
+LEASE_TTL_MAX_S = 600.0
+
+
+class GrantStatus(StrEnum):
+    GRANTED = "GRANTED"
+    EXISTS = "EXISTS"
+    PENDING = "PENDING"
+
+
+class PinKind(StrEnum):
+    SOFT = "SOFT"
+    HARD = "HARD"
+
+
+class KvEventKind(StrEnum):
+    STORED = "STORED"
+    EVICTED = "EVICTED"
+    CLEARED = "CLEARED"
+    PINNED = "PINNED"
+    UNPINNED = "UNPINNED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShape:
+    """Geometry of a block: one header checksum (xxh3-64) per layer, `size_bytes` of payload, layer-major."""
+
+    size_bytes: int = bounded(low=1, high=1 << 30)
+    layers: int = bounded(low=1, high=4096)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseGrant:
+    """A bounded right to read or write; `epoch` fences a holder that was presumed dead."""
+
+    lease: LeaseId
+    epoch: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLocation:
+    """Where a committed block is: a slot of this node's arena. `generation` changes whenever the slot is reused."""
+
+    hash: BlockHash
+    offset: int
+    generation: int
+    digest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupRequest:
+    """Find the longest stored prefix of `hashes` and lease it to `owner`."""
+
+    tenant: TenantId = bounded(size=128)
+    namespace: NamespaceId = bounded(size=32)
+    hashes: tuple[BlockHash, ...] = bounded(size=HASHES_MAX)
+    owner: str = bounded(size=128)
+    ttl_s: float = bounded(low=0.01, high=LEASE_TTL_MAX_S)
+    shape: BlockShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupReply:
+    """`blocks` is prefix-closed within the hashes that were asked; no lease when it is empty."""
+
+    blocks: tuple[BlockLocation, ...] = ()
+    lease: LeaseGrant | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockKey:
+    """A block to write and the block it grows from (empty for the first of a chain)."""
+
+    hash: BlockHash = bounded(size=32)
+    parent: BlockHash = bounded(size=32, default=BlockHash(b""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReserveRequest:
+    """Phase one of a write. `private` blocks belong to one request and vanish with their last lease."""
+
+    tenant: TenantId = bounded(size=128)
+    namespace: NamespaceId = bounded(size=32)
+    blocks: tuple[BlockKey, ...] = bounded(size=HASHES_MAX)
+    shape: BlockShape
+    owner: str = bounded(size=128)
+    ttl_s: float = bounded(low=0.01, high=LEASE_TTL_MAX_S)
+    private: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """One block's answer: GRANTED a slot, EXISTS already, or PENDING on another writer."""
+
+    hash: BlockHash
+    status: GrantStatus
+    offset: int = 0
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReserveReply:
+    """`lease` covers the granted slots until Commit, and the committed and existing blocks after it."""
+
+    lease: LeaseGrant
+    grants: tuple[Grant, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteChunk:
+    """A piece of a block for a granted slot, for writers that cannot map the arena."""
+
+    lease: LeaseId = bounded(size=128)
+    hash: BlockHash = bounded(size=32)
+    offset: int = bounded(low=0)
+    data: bytes = bounded(size=CHUNK_BYTES_MAX)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteReply:
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitBlock:
+    """`checksums`: xxh3-64 of each layer's payload, as written to the slot's header."""
+
+    hash: BlockHash = bounded(size=32)
+    checksums: tuple[int, ...] = bounded(size=4096)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRequest:
+    """Phase two: make the blocks visible. Fenced when `epoch` is not the reservation's."""
+
+    lease: LeaseId = bounded(size=128)
+    epoch: int
+    blocks: tuple[CommitBlock, ...] = bounded(size=HASHES_MAX)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitReply:
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRequest:
+    """Release or abort a lease; `epoch` must be the grant's."""
+
+    lease: LeaseId = bounded(size=128)
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewRequest:
+    """Extend a lease by showing progress: `done` blocks must have grown since the last renewal."""
+
+    lease: LeaseId = bounded(size=128)
+    epoch: int
+    done: int = bounded(low=0)
+    ttl_s: float = bounded(low=0.01, high=LEASE_TTL_MAX_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetRequest:
+    """Stream leased blocks, layers `first_layer` to `last_layer` (0: to the end)."""
+
+    lease: LeaseId = bounded(size=128)
+    hashes: tuple[BlockHash, ...] = bounded(size=HASHES_MAX)
+    first_layer: int = bounded(low=0, default=0)
+    last_layer: int = bounded(low=0, default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockChunk:
+    """A piece of a block; the first piece of each block carries the checksums of its layers."""
+
+    hash: BlockHash
+    offset: int
+    data: bytes
+    checksums: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinRequest:
+    """Keep blocks from eviction for `ttl_s`; pins always expire. `lease` in the reply releases it earlier."""
+
+    tenant: TenantId = bounded(size=128)
+    namespace: NamespaceId = bounded(size=32)
+    hashes: tuple[BlockHash, ...] = bounded(size=HASHES_MAX)
+    kind: PinKind = PinKind.SOFT
+    ttl_s: float = bounded(low=0.01, high=3600)
+    owner: str = bounded(size=128)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinReply:
+    lease: LeaseGrant
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineRequest:
+    """A reader found a block bad: it becomes a miss, is counted, and is never served again."""
+
+    tenant: TenantId = bounded(size=128)
+    namespace: NamespaceId = bounded(size=32)
+    hash: BlockHash = bounded(size=32)
+    reason: str = bounded(size=256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreInfo:
+    """How to reach a node's bytes. A reader is on the same host if `probe_path` holds `probe_nonce` and boot ids agree."""
+
+    worker: WorkerId
+    arena_path: str
+    arena_bytes: int
+    boot_id: str
+    probe_path: str
+    probe_nonce: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreStats:
+    blocks: int = 0
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+    leases: int = 0
+    leased_blocks: int = 0
+    pinned_blocks: int = 0
+    pinned_bytes: int = 0
+    reserved_blocks: int = 0
+    private_blocks: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    quarantined: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchKvRequest:
+    """Events after (`epoch`, `seq`); when that is too old or of another epoch, the stream starts with a snapshot."""
+
+    epoch: int = bounded(low=0, default=0)
+    seq: int = bounded(low=0, default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvEvent:
+    """Blocks appeared or went at `worker`; sequence numbers have no gaps within an epoch."""
+
+    epoch: int
+    seq: int
+    schema: int
+    worker: WorkerId
+    kind: KvEventKind
+    namespace: NamespaceId
+    hashes: tuple[BlockHash, ...] = bounded(size=HASHES_MAX, default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSnapshotEntry:
+    namespace: NamespaceId
+    hashes: tuple[BlockHash, ...] = bounded(size=HASHES_MAX, default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSnapshot:
+    """All that a worker holds as of (`epoch`, `seq`)."""
+
+    epoch: int
+    seq: int
+    worker: WorkerId
+    entries: tuple[KvSnapshotEntry, ...] = ()
