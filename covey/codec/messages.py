@@ -11,7 +11,7 @@ import types as pytypes
 import typing
 from collections.abc import Callable, Mapping
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -81,7 +81,7 @@ def _snake(name: str) -> str:
 # -- encoding ----------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)  # bounded by the number of message types
+@cache  # bounded by the number of message types
 def _encoder(name: str) -> Convert:
     desc = descriptor(name)
     make = message_factory.GetMessageClass(desc)
@@ -139,7 +139,7 @@ def _enum_labels(desc: EnumDescriptor) -> dict[int, str]:
 # -- decoding ----------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)  # bounded by the number of message types
+@cache  # bounded by the number of message types
 def _decoder(cls: Any, name: str) -> Callable[[Any, str], Any]:
     desc = descriptor(name)
     if is_union(cls):
@@ -202,17 +202,17 @@ def _value_reader(hint: Any, wire_field: FieldDescriptor) -> Callable[[Any, str]
     if origin is tuple:
         item = _item_reader(typing.get_args(hint)[0], wire_field)
         if item is None:
-            return lambda wire, path: tuple(wire)
+            return lambda wire, _: tuple(wire)
         return lambda wire, path: tuple(item(w, f"{path}[{i}]") for i, w in enumerate(wire))
     if origin is Mapping:
-        return lambda wire, path: dict(wire)
-    return _item_reader(hint, wire_field) or (lambda wire, path: wire)
+        return lambda wire, _: dict(wire)
+    return _item_reader(hint, wire_field) or (lambda wire, _: wire)
 
 
 def _item_reader(hint: Any, wire_field: FieldDescriptor) -> Callable[[Any, str], Any] | None:
     if wire_field.message_type is not None:
         name = wire_field.message_type.name
-        return lambda wire, path: _decoder(hint, name)(wire, path)
+        return lambda wire, path: _decoder(hint, name)(wire, path)  # noqa: PLW0108 - compiled on first use: types refer to each other
     if wire_field.enum_type is None:
         return None
     labels = _enum_labels(wire_field.enum_type)
@@ -228,7 +228,7 @@ def _item_reader(hint: Any, wire_field: FieldDescriptor) -> Callable[[Any, str],
 
 def _checker(limit: Limit | None) -> Check:
     if limit is None:
-        return lambda value, path: None
+        return lambda _value, _path: None
 
     def check(value: Any, path: str) -> None:
         if limit.size is not None and len(value) > limit.size:

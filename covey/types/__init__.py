@@ -1,1 +1,1 @@
-"""The vocabulary of Covey: every message of every contract, as frozen dataclasses. Mirrors `proto/`, one module a file."""
+"""The vocabulary of Covey: every message of every contract, as frozen dataclasses; mirrors `proto/`."""

@@ -66,7 +66,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvScope:
-    """Where a stretch of a prompt's blocks lives: `blocks` of the chain that grows from `chain_root` (0: the rest)."""
+    """Where a stretch of a prompt's blocks lives: `blocks` of the chain from `chain_root` (0: the rest)."""
 
     namespace: NamespaceId = bounded(size=32)
     chain_root: bytes = bounded(size=64)
@@ -91,7 +91,7 @@ class TailBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoverTicket:
-    """All that any decode worker needs to continue: KV of the first `covered` tokens is in the kvstore under these names."""
+    """All that a decode worker needs to continue: KV of the first `covered` tokens is stored under these names."""
 
     request_id: RequestId
     attempt: int
@@ -146,7 +146,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts of one request: `cached` were in the worker, `loaded` came from the kvstore, the rest was computed."""
+    """Counts of one request: `cached` were in the worker, `loaded` came from the kvstore, others were computed."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

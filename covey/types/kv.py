@@ -223,7 +223,7 @@ class QuarantineRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreInfo:
-    """How to reach a node's bytes. A reader is on the same host if `probe_path` holds `probe_nonce` and boot ids agree."""
+    """How to reach a node's bytes. Same host: `probe_path` holds `probe_nonce` and boot ids agree."""
 
     worker: WorkerId
     arena_path: str
