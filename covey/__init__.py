@@ -1,0 +1,1 @@
+"""Covey serves language models to agents: programs, disaggregated inference, caches."""

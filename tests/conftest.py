@@ -1,0 +1,27 @@
+"""What every test gets: Hypothesis without wall-clock deadlines, and no failpoint left armed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+from covey import failpoint
+from covey.testing import VirtualClock
+
+# Shared machines make wall-clock deadlines per example flaky; the suite has its own timeout.
+hypothesis.settings.register_profile("covey", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("covey")
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    """A clock that the test moves; inside `virtual_time` make one yourself, so that it follows the loop."""
+    return VirtualClock()
+
+
+@pytest.fixture(autouse=True)
+def _disarmed() -> Iterator[None]:
+    yield
+    failpoint.disarm()
