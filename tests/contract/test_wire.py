@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from enum import Enum
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -184,3 +185,12 @@ def test_from_code_rebuilds_the_class_and_unknown_codes_are_internal() -> None:
     for code, cls in errors.TABLE.items():
         assert type(errors.from_code(code, "m", field="f")) is cls
     assert type(errors.from_code("SOMETHING_NEW", "m")) is errors.Internal
+
+
+def test_the_documented_error_table_is_the_real_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
+    documented = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| code")]
+    assert documented == [
+        f"| {code} | {cls.grpc} | {cls.http} | {'yes' if cls.retryable else 'no'} |"
+        for code, cls in sorted(errors.TABLE.items())
+    ]

@@ -1,0 +1,1 @@
+"""The command line: `covey up`, `demo`, `chat`, `run`, `bench`, `doctor`."""
