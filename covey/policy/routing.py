@@ -1,0 +1,111 @@
+"""Which worker takes a request: what it holds of the prompt against how busy it is; and whether to split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from covey.types.ids import WorkerId
+
+
+class Split(StrEnum):
+    """Whether prefill and decode run on two workers."""
+
+    NEVER = "never"
+    ALWAYS = "always"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteConfig:
+    """Costs in tokens of prefill work.
+
+    `running_tokens` is what each running request slows a newcomer by; `amid_factor` is how much dearer a prompt token
+    is on a decode worker, where it holds up streams, than on a prefill worker.
+    """
+
+    split: Split = Split.AUTO
+    split_min_tokens: int = 64
+    handover_tokens: int = 32
+    amid_factor: float = 1.5
+    running_tokens: float = 16.0
+    waiting_tokens: float = 128.0
+    stale_s: float = 5.0
+    stale_penalty_tokens: float = 4096.0
+    sticky_tokens: float = 256.0
+
+    def __post_init__(self) -> None:
+        costs = (self.handover_tokens, self.running_tokens, self.waiting_tokens, self.stale_penalty_tokens)
+        if min(*costs, self.split_min_tokens, self.sticky_tokens) < 0 or self.stale_s <= 0 or self.amid_factor < 1:
+            raise ValueError("routing costs must not be negative, amid_factor >= 1 and stale_s must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A worker as routing sees it. `cached_tokens`: how much of the prompt it can have without computing."""
+
+    worker: WorkerId
+    cached_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0
+    age_s: float = 0.0
+    sticky: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """The decision: decode there; prefill elsewhere unless `prefill` is None."""
+
+    decode: WorkerId
+    prefill: WorkerId | None = None
+
+
+class Router:
+    """Chooses by the expected work ahead of the request, in tokens: what is not cached, what is queued, what runs."""
+
+    def __init__(self, config: RouteConfig) -> None:
+        self._config = config
+
+    def cost(self, candidate: Candidate, prompt_tokens: int) -> float:
+        """Expected work before this request's first token, were it prefilled at `candidate`."""
+        return max(0, prompt_tokens - candidate.cached_tokens) + self.load(candidate)
+
+    def load(self, candidate: Candidate) -> float:
+        """Work that others brought, and the penalty of a worker that was not heard of lately."""
+        config = self._config
+        return (
+            candidate.queued_tokens
+            + candidate.running * config.running_tokens
+            + candidate.waiting * config.waiting_tokens
+            + (config.stale_penalty_tokens if candidate.age_s > config.stale_s else 0.0)
+            - (config.sticky_tokens if candidate.sticky else 0.0)
+        )
+
+    def best(self, candidates: Sequence[Candidate], prompt_tokens: int) -> Candidate:
+        """The cheapest candidate; of equals the one that holds more of the prefix, then the first by name."""
+        return min(candidates, key=lambda c: (self.cost(c, prompt_tokens), -c.cached_tokens, c.worker))
+
+    def choose(self, *, prefill: Sequence[Candidate], decode: Sequence[Candidate], prompt_tokens: int) -> Route | None:
+        """Place a request; None when nothing can decode it. A split that finds no prefill worker becomes none.
+
+        With `auto` a request is split when much of its prompt must be computed and the way over the prefill worker,
+        hand-over included, costs less than computing it amid the decode worker's own batch.
+        """
+        if not decode:
+            return None
+        alone = self.best(decode, prompt_tokens)
+        if not prefill or self._config.split is Split.NEVER:
+            return Route(decode=alone.worker)
+        first = self.best(prefill, prompt_tokens)
+        second = min(decode, key=lambda c: (self.load(c), -c.cached_tokens, c.worker))
+        apart = Route(decode=second.worker, prefill=first.worker)
+        if self._config.split is Split.ALWAYS:
+            return apart
+        if prompt_tokens - alone.cached_tokens < self._config.split_min_tokens:
+            return Route(decode=alone.worker)
+        computed = max(0, prompt_tokens - alone.cached_tokens)
+        cost_alone = computed * self._config.amid_factor + self.load(alone)
+        cost_apart = self.cost(first, prompt_tokens) + self._config.handover_tokens + self.load(second)
+        return apart if cost_apart <= cost_alone else Route(decode=alone.worker)
