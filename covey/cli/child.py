@@ -123,4 +123,5 @@ class Child:
         with anyio.CancelScope(shield=True), anyio.fail_after(KILL_WAIT_S):
             if self.running:
                 self.process.kill()
-            return await self.process.wait()
+            await self.process.wait()
+        return self.process.returncode or 0
