@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import secrets
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from covey.errors import InvalidArgument
 
 LOCAL_TENANT = "local"
 
@@ -18,7 +23,7 @@ class MeshFiles:
     run_dir: Path
     cache_dir: Path
     base: Path | None = None
-    """A `covey.toml` of the user's, whose tables stand behind the generated ones."""
+    """A `covey.toml` of the user's: what it sets wins over what is generated."""
 
     @property
     def config(self) -> Path:
@@ -35,32 +40,33 @@ class MeshFiles:
     def write(
         self, *, nats_url: str, nats_token_file: Path, models: Mapping[str, str], remotes: Mapping[str, str]
     ) -> None:
-        """Create the directories, any missing secret, and the configuration that all children read."""
+        """Create the directories, any missing secret, and the configuration that all children read.
+
+        Raises:
+            InvalidArgument: the user's file is not TOML.
+        """
         for path in (self.run_dir, self.run_dir / "logs", self.cache_dir):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mesh_token = self._secret("mesh.token")
-        chain_secret = self._secret("chain.secret")
-        self._secret(self.api_key_file.name, prefix="ck-")
-        self.config.write_text(
-            _toml(
-                {
-                    "common": {
-                        "nats": nats_url,
-                        "nats_token_file": str(nats_token_file),
-                        "mesh_token_file": str(mesh_token),
-                        "run_dir": str(self.run_dir),
-                    },
-                    "prefill": {"cache_dir": str(self.cache_dir)},
-                    "decode": {"cache_dir": str(self.cache_dir)},
-                    "gateway": {"mesh_secret_file": str(chain_secret)},
-                    f"tenants.{LOCAL_TENANT}": {"key_file": str(self.api_key_file)},
-                }
-            )
-            + "".join(_model(name, source=source) for name, source in models.items())
-            + "".join(_model(name, url=url) for name, url in remotes.items())
-            + self._users_tables()
-        )
-        self.config.chmod(0o600)
+        generated = {
+            "common": {
+                "nats": nats_url,
+                "nats_token_file": str(nats_token_file),
+                "mesh_token_file": str(self._secret("mesh.token")),
+                "run_dir": str(self.run_dir),
+            },
+            "prefill": {"cache_dir": str(self.cache_dir)},
+            "decode": {"cache_dir": str(self.cache_dir)},
+            "gateway": {
+                "mesh_secret_file": str(self._secret("chain.secret")),
+                "models": [
+                    *({"name": name, "source": source} for name, source in models.items()),
+                    *({"name": name, "url": url} for name, url in remotes.items()),
+                ],
+            },
+            "tenants": {LOCAL_TENANT: {"key_file": str(self._secret(self.api_key_file.name, prefix="ck-"))}},
+        }
+        self.config.touch(mode=0o600)
+        self.config.write_text(tomli_w.dumps(_merged(generated, self._users_tables())))
 
     def _secret(self, name: str, *, prefix: str = "") -> Path:
         path = self.run_dir / name
@@ -69,19 +75,19 @@ class MeshFiles:
             path.write_text(prefix + secrets.token_urlsafe(32))
         return path
 
-    def _users_tables(self) -> str:
-        return "" if self.base is None else "\n" + self.base.read_text()
+    def _users_tables(self) -> dict[str, Any]:
+        if self.base is None:
+            return {}
+        try:
+            return tomllib.loads(self.base.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidArgument(f"{self.base} is not valid TOML: {error}", field="config") from error
 
 
-def _toml(tables: Mapping[str, Mapping[str, str]]) -> str:
-    lines = []
-    for table, values in tables.items():
-        lines.append(f"[{table}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]  # a JSON string is a TOML string
-        lines.append("")
-    return "\n".join(lines) + "\n"
-
-
-def _model(name: str, **values: str) -> str:
-    rows = {"name": name, **values}
-    return "[[gateway.models]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in rows.items()) + "\n"
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables merged key by key; anything else of `above` replaces what is below."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
