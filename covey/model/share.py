@@ -38,8 +38,9 @@ def fair_cores(cores: tuple[int, ...], rank: int, busy: int) -> tuple[int, ...]:
     few.
     """
     count = len(cores)
-    first, last = rank * count // busy, (rank + 1) * count // busy
-    return cores[first:last] or (cores[rank % count],)
+    if busy > count:
+        return (cores[rank % count],)
+    return cores[rank * count // busy : (rank + 1) * count // busy]
 
 
 class CoreShare:

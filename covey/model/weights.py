@@ -171,6 +171,8 @@ def map_weights(path: Path, config: ModelConfig) -> Weights:
     Raises InvalidArgument (field `cache_dir`) when the file is not one, or is cut short.
     """
     with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size < mmap.PAGESIZE:
+            raise InvalidArgument(f"{path} is not a weight cache; delete it", field="cache_dir")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     size = int.from_bytes(data[8:16], "little")
     base = -(-(16 + size) // mmap.PAGESIZE) * mmap.PAGESIZE
