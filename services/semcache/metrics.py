@@ -1,0 +1,44 @@
+"""What the cache counts; labels are configured names only, never content or tenants."""
+
+from __future__ import annotations
+
+from covey.telemetry import Metrics
+from covey.types.program import CacheOutcome
+
+SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class CacheMetrics:
+    """The cache's instruments, registered in the service's registry."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._lookups = metrics.counter("semcache_lookups", "Look-ups by what came of them", ["outcome", "category"])
+        self._seconds = metrics.histogram(
+            "semcache_lookup_seconds", "Time of a look-up by what came of it", ["outcome"], buckets=SECONDS
+        )
+        self._offers = metrics.counter("semcache_offers", "Answers offered", ["stored", "category"])
+        self._removals = metrics.counter("semcache_removals", "Entries that went, by cause", ["cause"])
+        self._unencoded = metrics.counter(
+            "semcache_unencoded", "Requests that went on without the semantic tier, by cause", ["cause"]
+        )
+        self._entries = metrics.gauge("semcache_entries", "Entries held")
+        self._bytes = metrics.gauge("semcache_bytes", "Bytes accounted to entries")
+        self._encoder = metrics.gauge("semcache_encoder_ready", "Whether the encoder has loaded")
+
+    def lookup(self, outcome: CacheOutcome, category: str, seconds: float) -> None:
+        self._lookups.labels(outcome=outcome.value, category=category).inc()
+        self._seconds.labels(outcome=outcome.value).observe(seconds)
+
+    def offer(self, *, stored: bool, category: str) -> None:
+        self._offers.labels(stored=str(stored).lower(), category=category).inc()
+
+    def removed(self, count: int, cause: str) -> None:
+        self._removals.labels(cause=cause).inc(count)
+
+    def unencoded(self, cause: str) -> None:
+        self._unencoded.labels(cause=cause).inc()
+
+    def level(self, *, entries: int, size_bytes: int, encoder_ready: bool) -> None:
+        self._entries.set(entries)
+        self._bytes.set(size_bytes)
+        self._encoder.set(encoder_ready)

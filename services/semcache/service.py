@@ -1,0 +1,104 @@
+"""The semcache service: ready on its exact tier at once, on its semantic one when the encoder has loaded.
+
+Entries live in memory: a restart begins with an empty cache.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import anyio
+from structlog.typing import FilteringBoundLogger
+
+from covey.actor import supervise
+from covey.errors import CoveyError
+from covey.policy.reuse import ReusePolicy
+from covey.runtime import Runtime
+from covey.types.generate import Role
+
+from .cache import AnswerCache, CacheLimits
+from .config import Config
+from .encoder import Embedder, Encoder, EncoderStatus
+from .metrics import CacheMetrics
+from .minilm import PACKAGED, SentenceModel, find_model, verify
+from .servicer import SemCacheServicer
+from .store import Store
+from .upkeep import Upkeep
+from .vectors import Vectors
+
+
+async def serve(config: Config, rt: Runtime) -> None:
+    """Serve until stopped; raises `FailedPrecondition` at once when the encoder is not installed."""
+    folder = find_model(config.encoder)
+    metrics = CacheMetrics(rt.metrics)
+    status = EncoderStatus()
+    store = Store(
+        entries_max=config.entries_max,
+        size_bytes_max=config.size_bytes_max,
+        tail_max=config.exact_search_max,
+    )
+    async with rt.bus() as bus, supervise(grace_s=config.drain_s) as supervisor:
+        encoder = supervisor.start(
+            lambda: Encoder(
+                partial(load_model, config, folder), status, batch_max=config.encode_batch, clock=rt.clock, log=rt.log
+            ),
+            name="encoder",
+            capacity=config.encoder_queue,
+        )
+        embedder = Embedder(encoder, status, memo_max=config.memo_max)
+        cache = AnswerCache(
+            store,
+            ReusePolicy(config.policies()),
+            embedder,
+            classifies=bool(config.examples()),
+            limits=CacheLimits(
+                neighbours=config.neighbours,
+                encode_s=config.encode_s,
+                entry_size_bytes_max=config.entry_size_bytes_max,
+            ),
+            metrics=metrics,
+            clock=rt.clock,
+            rng=rt.rng,
+        )
+        servicer = SemCacheServicer(
+            cache,
+            embedder,
+            model=folder.name if config.encoder != PACKAGED else PACKAGED,
+            embed_batch=config.encode_batch,
+            embed_wait_s=config.embed_wait_s,
+        )
+        upkeep = Upkeep(store, embedder, metrics, rt.clock, every_s=config.sweep_s)
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(upkeep.run)
+            tg.start_soon(learn_categories, config, embedder, cache, rt.log)
+            async with (
+                rt.serve_rpc(config.listen, servicer.handlers(), config.drain_s) as server,
+                rt.announce(bus, Role.SEMCACHE, server.address),
+            ):
+                await rt.ready()
+                await rt.until_stopped()
+            tg.cancel_scope.cancel()
+
+
+def load_model(config: Config, folder: Path) -> SentenceModel:
+    """Check and load the encoder; takes seconds, for a thread. Raises what `verify` and `SentenceModel` raise."""
+    if config.encoder == PACKAGED:
+        verify(folder)
+    return SentenceModel(folder, threads=config.encoder_threads, batch_max=config.encode_batch)
+
+
+async def learn_categories(config: Config, embedder: Embedder, cache: AnswerCache, log: FilteringBoundLogger) -> None:
+    """Encode the examples of the categories once the encoder is there, and start to classify by them."""
+    vectors: dict[str, list[Vectors]] = {}
+    for name, examples in config.examples().items():
+        try:
+            encoded = [await embedder.many((text,), timeout_s=math.inf) for text in examples]
+        except CoveyError as error:
+            log.warning("categories not learnt", category=name, error=error.message)
+            return
+        vectors[name] = [one.vector for (one,) in encoded if one.vector is not None]
+    usable = {name: found for name, found in vectors.items() if found}
+    if usable:
+        cache.learn(usable, floor=config.classify_floor)

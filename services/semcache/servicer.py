@@ -1,0 +1,104 @@
+"""The RPCs of `SemCache` over the cache and the encoder."""
+
+from __future__ import annotations
+
+from covey.codec.methods import SemCache
+from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound
+from covey.net.rpc import Call, Handlers
+from covey.types.common import Empty
+from covey.types.program import EmbedReply, EmbedRequest, Vector
+from covey.types.semcache import (
+    CacheExplanation,
+    CacheOffer,
+    CacheQuery,
+    CacheReply,
+    CacheStats,
+    FeedbackRequest,
+    InvalidateReply,
+    InvalidateRequest,
+    OfferReply,
+)
+
+from .cache import AnswerCache
+from .encoder import Embedder
+from .minilm import Encoded
+
+REPLY_SHARE = 0.9
+"""Part of a caller's remaining time that is spent before the answer, so that a typed one still arrives."""
+
+
+class SemCacheServicer:
+    """Handlers of the service `SemCache`."""
+
+    def __init__(
+        self, cache: AnswerCache, embedder: Embedder, *, model: str, embed_batch: int, embed_wait_s: float
+    ) -> None:
+        self._cache = cache
+        self._embedder = embedder
+        self._model = model
+        self._embed_batch = embed_batch
+        self._embed_wait_s = embed_wait_s
+
+    def handlers(self) -> Handlers:
+        """Return every method of the service with its handler."""
+        return {
+            SemCache.LOOKUP: self.lookup,
+            SemCache.OFFER: self.offer,
+            SemCache.FEEDBACK: self.feedback,
+            SemCache.INVALIDATE: self.invalidate,
+            SemCache.EXPLAIN: self.explain,
+            SemCache.EMBED: self.embed,
+            SemCache.STATS: self.stats,
+        }
+
+    async def lookup(self, request: CacheQuery, call: Call) -> CacheReply:
+        return await self._cache.lookup(request, timeout_s=call.remaining_s())
+
+    async def offer(self, request: CacheOffer, call: Call) -> OfferReply:
+        return await self._cache.offer(request, timeout_s=call.remaining_s())
+
+    async def explain(self, request: CacheQuery, call: Call) -> CacheExplanation:
+        return await self._cache.explain(request, timeout_s=call.remaining_s())
+
+    async def feedback(self, request: FeedbackRequest, call: Call) -> Empty:
+        self._cache.feedback(request)
+        return Empty()
+
+    async def invalidate(self, request: InvalidateRequest, call: Call) -> InvalidateReply:
+        return self._cache.invalidate(request)
+
+    async def stats(self, request: Empty, call: Call) -> CacheStats:
+        return self._cache.stats()
+
+    async def embed(self, request: EmbedRequest, call: Call) -> EmbedReply:
+        """Encode every input to a unit vector, waiting for the encoder to load within the caller's deadline.
+
+        Raises:
+            NotFound: another model than the encoder of this service.
+            InvalidArgument: no inputs, or an empty one.
+            ContextLengthExceeded: an input is longer than the encoder reads; nothing is cut off.
+            Unavailable: the encoder is not loaded in time; with a hint when to try again.
+        """
+        if request.model != self._model:
+            raise NotFound(f"the embedding model of this mesh is {self._model}", field="model")
+        if not request.inputs:
+            raise InvalidArgument("give at least one text", field="input")
+        for index, text in enumerate(request.inputs):
+            if not text:
+                raise InvalidArgument("a text to embed must not be empty", field=f"input[{index}]")
+        encoded: list[Encoded] = []
+        for start in range(0, len(request.inputs), self._embed_batch):
+            timeout_s = min(self._embed_wait_s, REPLY_SHARE * call.remaining_s())
+            batch = request.inputs[start : start + self._embed_batch]
+            encoded.extend(await self._embedder.many(batch, timeout_s=timeout_s))
+        vectors = tuple(_vector(index, item) for index, item in enumerate(encoded))
+        return EmbedReply(vectors=vectors, prompt_tokens=sum(item.tokens for item in encoded))
+
+
+def _vector(index: int, encoded: Encoded) -> Vector:
+    if encoded.vector is None:
+        raise ContextLengthExceeded(
+            f"the text has {encoded.tokens} tokens or characters, more than the encoder reads; split it",
+            field=f"input[{index}]",
+        )
+    return Vector(values=tuple(encoded.vector.tolist()))
