@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from blockbuster import blockbuster_ctx
 
 from covey import failpoint
 from covey.testing import VirtualClock
@@ -25,3 +26,10 @@ def clock() -> VirtualClock:
 def _disarmed() -> Iterator[None]:
     yield
     failpoint.disarm()
+
+
+@pytest.fixture(autouse=True)
+def _no_blocking() -> Iterator[None]:
+    """Fail a test in which our code makes a blocking call on the event loop; tests themselves may."""
+    with blockbuster_ctx(scanned_modules=["covey", "services"], excluded_modules=["covey.testing"]):
+        yield

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import anyio
 import pytest
 from anyio import to_thread
+from blockbuster import BlockingError
 
+from covey.config import CommonConfig, load
 from covey.testing import Deadlock, assert_eventually, free_port, virtual_time
 
 YEAR_S = 365 * 86_400.0
@@ -108,3 +111,10 @@ async def test_free_port_can_be_bound() -> None:
     port = free_port()
     async with await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=port) as listener:
         assert listener.extra(anyio.abc.SocketAttribute.local_port) == port
+
+
+async def test_blocking_the_loop_in_our_code_fails_a_test(tmp_path: Path) -> None:
+    file = tmp_path / "covey.toml"
+    file.write_text("[common]\n")
+    with pytest.raises(BlockingError):
+        load(CommonConfig, file=file)
