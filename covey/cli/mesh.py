@@ -44,7 +44,8 @@ class MeshPlan:
     kvstore: int = 1
     http_port: int = 0
     settings: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """More environment for single children, by name: failpoints, mostly."""
     restart: bool = True
 
     def children(self) -> tuple[ChildSpec, ...]:
@@ -56,7 +57,8 @@ class MeshPlan:
             flags = ("--set", f"model={source}", "--set", f"model_name={model}")
             specs += [self._spec("prefill", f"prefill-{i}{suffix}", flags) for i in range(self.prefill)]
             specs += [self._spec("decode", f"decode-{i}{suffix}", flags) for i in range(self.decode)]
-        specs.append(self._spec("gateway", "gateway-0", ("--set", f"http_listen=127.0.0.1:{self.http_port}")))
+        edges = ("--set", f"http_listen=127.0.0.1:{self.http_port}", "--set", "grpc_listen=127.0.0.1:0")
+        specs.append(self._spec("gateway", "gateway-0", edges))
         specs.append(self._spec("agentflow", "agentflow-0"))
         return tuple(specs)
 
@@ -66,7 +68,7 @@ class MeshPlan:
             name=name,
             module=f"services.{role}",
             flags=("--config", str(self.files.config), "--set", f"worker={name}", *flags, *settings),
-            environment=self.environment,
+            environment=self.environments.get(name, {}),
         )
 
     def _settings_of(self, role: str) -> list[str]:

@@ -96,7 +96,7 @@ async def test_the_mesh_speaks_the_tokens_of_the_reference(
 ) -> None:
     prompts = _prompts()
     plan = {"prefill": workers, "decode": workers, "kvstore": workers}
-    settings = (f"gateway.split={split}",)
+    settings = (f"gateway.routing.split={split}",)
     async with mesh_of(tmp_path, model=PACKAGED, cache_dir=cache_dir, settings=settings, **plan) as mesh:
         for warm in (False, True):
             answers = await _answers(mesh, prompts)

@@ -22,7 +22,10 @@ MESSAGES: list[dict[str, str]] = [{"role": "user", "content": "Say something."}]
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     folder = tmp_path_factory.mktemp("openai")
-    with anyio.from_thread.start_blocking_portal() as portal, portal.wrap_async_context_manager(mesh_of(folder)) as mesh:
+    with (
+        anyio.from_thread.start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(mesh_of(folder)) as mesh,
+    ):
         yield mesh
 
 

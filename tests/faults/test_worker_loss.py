@@ -1,0 +1,132 @@
+"""A worker dies, freezes or is cut off under a running stream: the text is that of the undisturbed run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from covey.auth import MeshToken
+from covey.cli.chat import delta_text, stream_chat
+from covey.cli.child import Child
+from covey.cli.mesh import Mesh
+from covey.codec.methods import Decode
+from covey.net.rpc import Channel
+from covey.types.common import Empty
+from tests.support.meshes import PACKAGED, TINY, chat_body, client_of, mesh_of
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+
+TOKENS = {TINY: 600, PACKAGED: 48}
+KILL_AFTER = 7
+
+
+async def _running_on(mesh: Mesh) -> Child:
+    """The decode worker that serves the one stream under way."""
+    token = MeshToken((mesh.plan.files.run_dir / "mesh.token").read_text())
+    with anyio.fail_after(30):
+        while True:
+            for name, child in mesh.children.items():
+                if not name.startswith("decode"):
+                    continue
+                async with Channel.open(child.addresses["grpc"], token=token) as channel:
+                    if (await channel.call(Decode.LOAD, Empty(), timeout_s=2.0)).running:
+                        return child
+
+
+async def _stream(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async for chunk in stream_chat(client, body):
+        yield chunk
+
+
+async def _disturbed(mesh: Mesh, body: dict[str, Any], disturb: Any) -> tuple[str, dict[str, Any]]:
+    """Stream an answer and disturb it after a few chunks; the text and the last chunk."""
+    text, seen, last = "", 0, {}
+    async with client_of(mesh) as client:
+        async for chunk in _stream(client, body):
+            text += delta_text(chunk)
+            seen += 1
+            if seen == KILL_AFTER:
+                await disturb()
+            last = chunk
+    return text, last
+
+
+@pytest.mark.parametrize("model", [TINY, PACKAGED])
+async def test_a_killed_decode_worker_is_replaced_in_mid_stream(model: str, tmp_path: Path) -> None:
+    body = chat_body(model, "Tell me about rivers.", max_tokens=TOKENS[model], ignore_eos=True)
+    async with mesh_of(tmp_path, model=model, decode=2) as mesh:
+
+        async def nothing() -> None:
+            return
+
+        async def kill() -> None:
+            (await _running_on(mesh)).process.kill()
+
+        undisturbed, _ = await _disturbed(mesh, body, nothing)
+        text, last = await _disturbed(mesh, body, kill)
+        assert text == undisturbed
+        assert last["covey"]["migrations"] == 1
+        assert last["usage"]["completion_tokens"] == TOKENS[model]
+
+
+async def test_a_frozen_decode_worker_is_replaced_and_its_late_tokens_are_dropped(tmp_path: Path) -> None:
+    body = chat_body(TINY, "Tell me about rivers.", max_tokens=TOKENS[TINY], ignore_eos=True)
+    async with mesh_of(tmp_path, decode=2) as mesh:
+        frozen: list[Child] = []
+
+        async def freeze() -> None:
+            frozen.append(await _running_on(mesh))
+            frozen[0].process.send_signal(signal.SIGSTOP)
+
+        async def nothing() -> None:
+            return
+
+        undisturbed, _ = await _disturbed(mesh, body, nothing)
+        try:
+            text, last = await _disturbed(mesh, body, freeze)
+        finally:
+            frozen[0].process.send_signal(signal.SIGCONT)
+        assert text == undisturbed
+        assert last["covey"]["migrations"] == 1
+
+
+@pytest.mark.parametrize("model", [TINY, PACKAGED])
+async def test_a_prefill_worker_killed_before_hand_over_is_retried(model: str, tmp_path: Path) -> None:
+    body = chat_body(model, "Tell me about rivers. " * 6, max_tokens=12, ignore_eos=True)
+    crash = {"prefill-0": {"COVEY_FAILPOINTS": "prefill.before_handover=crash@1"}}
+    settings = ("gateway.routing.split=always",)
+    async with mesh_of(tmp_path, model=model, prefill=2, settings=settings, environments=crash) as mesh:
+        texts = set()
+        async with client_of(mesh) as client:
+            for _ in range(4):  # until routing has tried both workers
+                response = await client.post("/v1/chat/completions", json=body)
+                assert response.status_code == httpx.codes.OK, response.text
+                texts.add(response.json()["choices"][0]["message"]["content"])
+                if not mesh.children["prefill-0"].running:
+                    break
+        assert not mesh.children["prefill-0"].running, "the failpoint was never reached"
+        assert len(texts) == 1
+
+
+async def test_a_restart_of_nats_does_not_touch_a_running_stream(tmp_path: Path) -> None:
+    body = chat_body(TINY, "Tell me about rivers.", max_tokens=TOKENS[TINY], ignore_eos=True)
+    async with mesh_of(tmp_path) as mesh:
+
+        async def nothing() -> None:
+            return
+
+        async def restart() -> None:
+            await mesh.nats.restart()
+
+        undisturbed, _ = await _disturbed(mesh, body, nothing)
+        text, last = await _disturbed(mesh, body, restart)
+        assert text == undisturbed
+        assert last["covey"]["migrations"] == 0
+        again, _ = await _disturbed(mesh, body, nothing)
+        assert again == undisturbed
