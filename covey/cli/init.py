@@ -21,12 +21,8 @@ def init(directory: Path, models: tuple[str, ...], nats: str, cache_dir: Path, j
     """Fill DIRECTORY; what is there already is kept, so that it may run at every start."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     local, remotes = parse_models(models)
-    token_file = write_server_config(
-        directory,
-        host="0.0.0.0",
-        port=4222,
-        store_dir=jetstream_dir,  # noqa: S104 - inside the deployment's network
-    )
+    everywhere = "0.0.0.0"  # noqa: S104 - inside the deployment's own network
+    token_file = write_server_config(directory, host=everywhere, port=4222, store_dir=jetstream_dir)
     files = MeshFiles(run_dir=directory, cache_dir=cache_dir)
     files.write(nats_url=nats, nats_token_file=token_file, models=local, remotes=remotes)
     click.echo(f"wrote {files.config}")

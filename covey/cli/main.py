@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": ("covey.cli.demo", "Start a mesh, chat, run a workflow twice, print what it cost."),
     "chat": ("covey.cli.chat", "Talk to a model of the running mesh."),
     "run": ("covey.cli.run", "Run a Python file of yours against the mesh."),
+    "init": ("covey.cli.init", "Write the secrets and configuration of a deployment."),
     "bench": ("covey.cli.bench", "Measure the mesh."),
     "doctor": ("covey.cli.doctor", "Say what is missing and how to mend it."),
 }
