@@ -27,7 +27,7 @@ class BlockChain:
     """Names full blocks as tokens are added; a block's name is fixed by all tokens up to its end."""
 
     def __init__(self, scopes: Sequence[KvScope], block_size: int) -> None:
-        """Raises InvalidArgument (`scopes`) when a scope that is not the last has no length."""
+        """The last scope covers the rest. Raises InvalidArgument (`scopes`) when an earlier one has no length."""
         if not scopes:
             raise InvalidArgument("at least one scope is needed", field="scopes")
         if any(scope.blocks == 0 for scope in scopes[:-1]):
@@ -52,10 +52,10 @@ class BlockChain:
         """The name of the block that block `index` grows from, for the worker's own cache."""
         return self.keys[index - 1] if index else None
 
-    def tail(self, token_ids: Sequence[int], request: RequestId) -> tuple[NamespaceId, BlockKey]:
-        """Name of the unfinished block after the full ones, whose tokens are `token_ids`."""
-        scope, is_first = self._scope_of(len(self.keys))
-        root = scope.chain_root if is_first else self._hashes[-1].hash
+    def tail(self, token_ids: Sequence[int], request: RequestId, index: int) -> tuple[NamespaceId, BlockKey]:
+        """Name of block `index` while it is unfinished and holds `token_ids`."""
+        scope, is_first = self._scope_of(index)
+        root = scope.chain_root if is_first else self._hashes[index - 1].hash
         parent = BlockHash(b"") if is_first else BlockHash(root)
         return scope.namespace, BlockKey(hash=tail_key(root, token_ids, request), parent=parent)
 
@@ -73,8 +73,6 @@ class BlockChain:
                 return scope, index == start
             start += scope.blocks
         last = self._scopes[-1]
-        if last.blocks and index >= start + last.blocks:
-            raise InvalidArgument(f"the scopes cover {start + last.blocks} blocks, the prompt has more", field="scopes")
         return last, index == start
 
 

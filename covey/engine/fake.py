@@ -1,4 +1,4 @@
-"""A runner without a model: its tokens follow from what stands in the blocks, so a wrong block shows as a wrong token."""
+"""A runner without a model: tokens follow from what stands in the blocks, so a wrong block shows as a wrong token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class FakeVocabulary:
-    """Token id to bytes: short words, so that stop strings cross token boundaries; odd ids past 200 are half characters."""
+    """Token id to bytes: short words, so that stop strings cross token boundaries; ids past 200 are half characters."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token; the end-of-text token 0 has none."""

@@ -1,0 +1,40 @@
+"""What the engine's actor lets everybody see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from covey.policy.batching import Batcher
+from covey.policy.blocks import BlockPool
+from covey.types.generate import EngineLoad
+
+
+@dataclass(slots=True)
+class Board:
+    """Written by the actor alone, read by all: as fresh as its last turn."""
+
+    load: EngineLoad = field(default_factory=EngineLoad)
+    step_began: float | None = None
+    """When the running step began; None between steps."""
+    steps: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    demoted_blocks: int = 0
+    lost_demotions: int = 0
+
+    def is_stalled(self, now: float, stall_s: float) -> bool:
+        """Whether a step runs for so long that it must be stuck."""
+        return self.step_began is not None and now - self.step_began > stall_s
+
+    def show_load(self, batcher: Batcher, pool: BlockPool, *, is_draining: bool) -> None:
+        """Write how busy the engine is."""
+        self.load = EngineLoad(
+            running=batcher.running,
+            waiting=batcher.waiting,
+            queued_tokens=batcher.queued_tokens,
+            free_blocks=pool.free,
+            total_blocks=pool.capacity,
+            pinned_blocks=pool.pinned,
+            cached_blocks=pool.cached,
+            draining=is_draining,
+        )

@@ -1,0 +1,36 @@
+"""The terminal events of a request."""
+
+from __future__ import annotations
+
+from covey.errors import CoveyError
+from covey.types.generate import Failed, Finished, FinishReason, Refused
+from covey.types.ids import LeaseId
+
+from .sequence import Sequence
+
+
+def finished(seq: Sequence, now: float, lease: LeaseId | None = None) -> Finished:
+    """The good end of a sequence whose tokens are a whole answer."""
+    is_stop = seq.text.is_stopped or seq.met_eos
+    reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+    return Finished(reason=reason, usage=seq.usage(), timings=seq.timings(now), lease=lease)
+
+
+def cancelled(seq: Sequence, now: float) -> Finished:
+    """The end that the caller asked for."""
+    return Finished(reason=FinishReason.CANCELLED, usage=seq.usage(), timings=seq.timings(now))
+
+
+def failed(error: CoveyError, *, retryable: bool | None = None) -> Failed:
+    """A typed error as an event; `retryable` overrides what the error's table says."""
+    return Failed(
+        code=error.code,
+        message=error.message,
+        field=error.field or "",
+        retryable=error.retryable if retryable is None else retryable,
+    )
+
+
+def refused(error: CoveyError) -> Refused:
+    """No room: nothing was started."""
+    return Refused(code=error.code, message=error.message, retry_after_ms=error.retry_after_ms or 0)

@@ -1,0 +1,59 @@
+"""The blocks that sequences hold: all are promised at admission, so a running sequence never lacks one."""
+
+from __future__ import annotations
+
+from covey.errors import NoSpace
+from covey.policy.blocks import BlockPool
+
+from .sequence import Sequence
+
+
+class Holdings:
+    """Moves blocks between a pool and the sequences of one engine."""
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+
+    def find_room(self, seq: Sequence) -> bool:
+        """Hold the cached prefix and reserve the rest; False, and nothing held, when there is no room."""
+        matched = self._pool.match(seq.chain.keys[: self.reusable(seq)])
+        needed = seq.blocks_needed - len(matched)
+        try:
+            self._pool.reserve(needed)
+        except NoSpace:
+            self._pool.release(matched)
+            return False
+        seq.blocks = list(matched)
+        seq.promised = needed
+        seq.named = len(matched)
+        seq.computed = seq.cached_tokens = len(matched) * self._block_size
+        return True
+
+    def reusable(self, seq: Sequence) -> int:
+        """Full blocks that need not be computed: at least one token must be, to draw the next from."""
+        return (len(seq.tokens) - 1) // self._block_size
+
+    def cover(self, seq: Sequence, tokens: int) -> None:
+        """Take promised blocks until the sequence's blocks hold `tokens` tokens."""
+        missing = -(-tokens // self._block_size) - len(seq.blocks)
+        if missing > 0:
+            seq.blocks += self._pool.take(missing)
+            seq.promised -= missing
+
+    def book(self, seq: Sequence) -> None:
+        """Enter blocks that became full into the prefix cache."""
+        full = seq.computed // self._block_size
+        if full == seq.named:
+            return
+        seq.chain.extend(seq.tokens)
+        for index in range(seq.named, full):
+            keys = seq.chain.keys
+            seq.blocks[index] = self._pool.name(seq.blocks[index], keys[index], seq.chain.parent(index))
+        seq.named = full
+
+    def release(self, seq: Sequence) -> None:
+        """Let go of everything; without effect when nothing is held."""
+        self._pool.release(seq.blocks)
+        self._pool.unreserve(seq.promised)
+        seq.blocks, seq.promised, seq.named = [], 0, 0

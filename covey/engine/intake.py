@@ -1,0 +1,100 @@
+"""From a request to a sequence: everything that can be wrong with it is found here, before it holds anything."""
+
+from __future__ import annotations
+
+from covey.errors import ContextLengthExceeded, InvalidArgument, Unimplemented
+from covey.model.plan import RunnerInfo
+from covey.types.generate import GenerateRequest, Role
+
+from .chain import BlockChain
+from .outbox import Outbox
+from .sequence import Sequence
+from .text import TextPipe, Vocabulary
+
+
+class Intake:
+    """Checks requests against what the runner can do, and numbers them."""
+
+    def __init__(self, info: RunnerInfo, vocabulary: Vocabulary, role: Role) -> None:
+        self._info = info
+        self._vocabulary = vocabulary
+        self._role = role
+        self._count = 0
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens of the longest sequence: what the model allows, or what the pool holds."""
+        return min(self._info.context_limit, self._info.n_blocks * self._info.block_size)
+
+    def accept(self, request: GenerateRequest, outbox: Outbox, now: float) -> Sequence:
+        """Build the sequence of a request. Raises InvalidArgument, ContextLengthExceeded or Unimplemented."""
+        self._validate(request)
+        emitted, text_offset = _emitted(request)
+        tokens = [*request.token_ids, *emitted]
+        tokens_max = min(self.context_limit, len(request.token_ids) + request.sampling.max_tokens)
+        chain = BlockChain(request.scopes, self._info.block_size)
+        chain.extend(tokens)
+        text = TextPipe(
+            self._vocabulary, request.stop, min_tokens=request.sampling.min_tokens, sent=text_offset
+        )
+        for token in emitted:
+            text.push(token)
+        last = len(tokens) if self._role is Role.PREFILL else max(len(tokens), tokens_max - 1)
+        self._count += 1
+        return Sequence(
+            id=self._count,
+            request=request,
+            outbox=outbox,
+            chain=chain,
+            text=text,
+            tokens=tokens,
+            tokens_max=tokens_max,
+            blocks_needed=-(-last // self._info.block_size),
+            deadline=now + request.deadline_s,
+            submitted_at=now,
+            eos_ids=self._info.eos_ids,
+            handed_over=request.ticket.covered if request.ticket is not None else 0,
+        )
+
+    def _validate(self, request: GenerateRequest) -> None:
+        if request.model and request.model != self._info.model:
+            raise InvalidArgument(f"this worker serves {self._info.model}", field="model")
+        if not request.token_ids:
+            raise InvalidArgument("the prompt is empty", field="token_ids")
+        if len(request.token_ids) >= self.context_limit:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(request.token_ids)} tokens; this model's context of {self.context_limit} "
+                "must hold the prompt and at least one more",
+                field="token_ids",
+            )
+        if min(request.token_ids) < 0 or max(request.token_ids) >= self._info.vocab_size:
+            raise InvalidArgument(f"token ids must be from 0 to {self._info.vocab_size - 1}", field="token_ids")
+        if request.sampling.max_tokens < 1:
+            raise InvalidArgument("must be at least 1", field="sampling.max_tokens")
+        if request.grammar:
+            raise Unimplemented("constrained output is not supported by this worker", field="grammar")
+        if self._role is Role.PREFILL and request.ticket is not None:
+            raise InvalidArgument("a prefill worker takes no ticket", field="ticket")
+        _validate_emitted(request, self.context_limit)
+
+
+def _validate_emitted(request: GenerateRequest, context_limit: int) -> None:
+    emitted, _ = _emitted(request)
+    if len(request.token_ids) + len(emitted) > context_limit:
+        raise ContextLengthExceeded("the prompt and the emitted tokens exceed the context", field="resume.emitted")
+    ticket = request.ticket
+    if ticket is None:
+        return
+    if emitted[: len(ticket.emitted)] != ticket.emitted:
+        raise InvalidArgument("must begin with the ticket's tokens", field="resume.emitted")
+    if ticket.covered > len(request.token_ids) + len(ticket.emitted):
+        raise InvalidArgument("covers more tokens than there are", field="ticket.covered")
+
+
+def _emitted(request: GenerateRequest) -> tuple[tuple[int, ...], int]:
+    """What the client has: `resume` is the newer word, the ticket's tokens were sent at hand-over."""
+    if request.resume is not None:
+        return request.resume.emitted, request.resume.text_offset
+    if request.ticket is not None:
+        return request.ticket.emitted, request.ticket.text_offset
+    return (), 0

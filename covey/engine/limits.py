@@ -1,0 +1,38 @@
+"""What bounds an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from covey.policy.batching import BatchLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Bounds of everything that an engine holds or waits for."""
+
+    batch: BatchLimits = field(default_factory=BatchLimits)
+    outbox_tokens: int = 1024
+    """Tokens that wait for a slow reader before its request is paused."""
+    reader_stall_s: float = 30.0
+    """A request paused for this long fails."""
+    kv_timeout_s: float = 5.0
+    """One look-up and load, or one store. What is not there by then is computed instead."""
+    handover_ttl_s: float = 15.0
+    """How long prefill keeps its leases for the decode worker to come."""
+    grace_s: float = 1.0
+    """How long a finished request's blocks wait for `retain`."""
+    retain_max_s: float = 600.0
+    """The longest time-to-live that `retain` grants."""
+    pinned_share: float = 0.5
+    """The share of the pool that pins may hold."""
+    writebacks_max: int = 4
+    """Demotions that run at once; more are dropped, which costs only a recomputation."""
+    progress_s: float = 0.2
+    """How often a silent stream shows a sign of life."""
+    step_stall_s: float = 10.0
+    """A step that takes longer is stuck: streams then go silent, so that watchdogs notice."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pinned_share <= 1 or self.outbox_tokens < 1:
+            raise ValueError("pinned_share must be between 0 and 1, outbox_tokens at least 1")

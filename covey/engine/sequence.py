@@ -1,0 +1,154 @@
+"""One request inside the engine: its tokens, blocks and clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from anyio import CancelScope
+
+from covey.model.plan import Sampled, SampleSpec
+from covey.types.generate import GenerateRequest, Stage, Timings, TokenLogprob, Tokens, TopLogprob, Usage
+
+from .chain import BlockChain
+from .outbox import Outbox
+from .text import TextPipe, Vocabulary
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """The actor's state of one request. `tokens` are the prompt and all that was generated, here or elsewhere."""
+
+    id: int
+    request: GenerateRequest
+    outbox: Outbox
+    chain: BlockChain
+    text: TextPipe
+    tokens: list[int]
+    tokens_max: int
+    """The sequence ends when it has this many tokens."""
+    blocks_needed: int
+    """Blocks that it may come to hold."""
+    deadline: float
+    submitted_at: float
+    eos_ids: tuple[int, ...]
+    handed_over: int = 0
+    """Tokens whose blocks a ticket names: 0 without one."""
+
+    blocks: list[int] = field(default_factory=list)
+    promised: int = 0
+    """Reserved blocks, not taken yet."""
+    named: int = 0
+    """Leading blocks that are in the prefix cache under their name."""
+    stored: int = 0
+    """Leading blocks that are known to be in the store."""
+    computed: int = 0
+    """Leading tokens whose keys and values are in the blocks."""
+    transfer: CancelScope | None = None
+    """The task that loads or stores this sequence's blocks; they stay held until it ends."""
+    is_over: bool = False
+    paused_at: float | None = None
+
+    admitted_at: float = 0.0
+    started_at: float = 0.0
+    first_token_at: float = 0.0
+    lookup_s: float = 0.0
+    transfer_s: float = 0.0
+    cached_tokens: int = 0
+    loaded_tokens: int = 0
+    blocks_moved: int = 0
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.token_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far, by any worker."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the tokens so far already are a whole answer."""
+        return self.text.is_stopped or len(self.tokens) >= self.tokens_max or self.met_eos
+
+    @property
+    def met_eos(self) -> bool:
+        """Whether the last token ends the text."""
+        sampling = self.request.sampling
+        return self.generated > 0 and not sampling.ignore_eos and self.tokens[-1] in self.eos_ids
+
+    def sample_spec(self) -> SampleSpec:
+        """How to draw the token after the last one."""
+        sampling = self.request.sampling
+        return SampleSpec(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            position=len(self.tokens),
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=tuple(sampling.logit_bias.items()),
+            logprobs=sampling.logprobs,
+            history=tuple(self.tokens) if _has_penalty(self.request) else (),
+            prompt_len=self.prompt_len,
+            banned=self.eos_ids if self.generated < sampling.min_tokens else (),
+        )
+
+    def push(self, drawn: Sampled, vocabulary: Vocabulary) -> Tokens:
+        """Add a generated token and return the event that says so."""
+        self.tokens.append(drawn.token)
+        self.text.push(drawn.token)
+        if self.has_ended and not self.text.is_stopped:
+            self.text.finish()
+        text, text_offset = self.text.take()
+        return Tokens(
+            attempt=self.request.attempt,
+            offset=self.generated - 1,
+            ids=(drawn.token,),
+            text=text,
+            text_offset=text_offset,
+            logprobs=_logprobs(drawn, vocabulary),
+        )
+
+    def usage(self) -> Usage:
+        """Counts so far; tokens of earlier workers included."""
+        return Usage(
+            prompt_tokens=self.prompt_len,
+            completion_tokens=self.generated,
+            cached_tokens=min(self.cached_tokens, self.prompt_len),
+            loaded_tokens=min(self.loaded_tokens, self.prompt_len),
+            blocks_moved=self.blocks_moved,
+        )
+
+    def timings(self, now: float) -> Timings:
+        """Where the time went until `now`."""
+        first = self.first_token_at or now
+        return Timings(
+            queue_s=(self.admitted_at or now) - self.submitted_at,
+            lookup_s=self.lookup_s,
+            transfer_s=self.transfer_s,
+            prefill_s=first - self.started_at if self.started_at else 0.0,
+            decode_s=now - first,
+        )
+
+    def show(self, stage: Stage) -> None:
+        """Set what a silent stream shows."""
+        self.outbox.show(stage, done=self.computed, total=len(self.tokens))
+
+
+def _has_penalty(request: GenerateRequest) -> bool:
+    sampling = request.sampling
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+    return penalties != (0.0, 0.0, 1.0)
+
+
+def _logprobs(drawn: Sampled, vocabulary: Vocabulary) -> tuple[TokenLogprob, ...]:
+    if drawn.logprob is None:
+        return ()
+    top = tuple(TopLogprob(id=i, token=vocabulary.token_bytes(i), logprob=value) for i, value in drawn.top)
+    token = vocabulary.token_bytes(drawn.token)
+    return (TokenLogprob(id=drawn.token, token=token, logprob=drawn.logprob, top=top),)
