@@ -26,8 +26,11 @@ def build(meta: Mapping[str, Any]) -> Tokenizer:
             field="model",
         )
     names: list[str] = meta["tokenizer.ggml.tokens"]
-    merges = [(left, right) for left, _, right in (m.partition(" ") for m in meta["tokenizer.ggml.merges"])]
-    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges))
+    merges = [(left, right) for left, _, right in (m.partition(" ") for m in meta.get("tokenizer.ggml.merges", []))]
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges))
+    except Exception as error:  # the Rust binding raises bare Exception
+        raise InvalidArgument(f"the GGUF vocabulary is broken: {error}", field="model") from error
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

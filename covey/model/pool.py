@@ -55,7 +55,7 @@ class KvPool:
         self.geometry = geometry
         self.n_blocks = n_blocks
         self.null_block = n_blocks
-        self._memory = mmap.mmap(-1, geometry.block_bytes * (n_blocks + 1))
+        self._memory = mmap.mmap(-1, geometry.block_bytes * (n_blocks + 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         flat = torch.frombuffer(self._memory, dtype=torch.float32)
         self.pages = flat.view(-1, geometry.block_size * geometry.head_dim)
         self.slots = flat.view(-1, geometry.head_dim)

@@ -112,6 +112,7 @@ def open_tokenizer(model: str | ModelSource) -> Tokenizer:
 
 
 def _from_gguf(source: ModelSource) -> Tokenizer:
+    config = source.config()
     meta = source.gguf().meta
     names: list[str] = meta.get("tokenizer.ggml.tokens", [])
     special = {
@@ -120,7 +121,6 @@ def _from_gguf(source: ModelSource) -> Tokenizer:
         if f"tokenizer.ggml.{key[:3]}_token_id" in meta
     }
     template = meta.get("tokenizer.chat_template")
-    config = source.config()
     return Tokenizer(
         gguf_tokenizer.build(meta),
         template=ChatTemplate(template, special_tokens=special) if template else None,

@@ -78,7 +78,7 @@ def _weights(seed: int, shape: dict[str, int]) -> dict[str, torch.Tensor]:
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         # Three times the usual scale: the next token then depends visibly on the whole context.
-        return torch.randn(rows, columns, generator=source) * 3.0 * columns**-0.5
+        return torch.randn(rows, columns, generator=source).mul_(3.0 * columns**-0.5)
 
     weights = {
         "model.embed_tokens.weight": torch.randn(VOCAB_SIZE, hidden, generator=source),

@@ -54,7 +54,8 @@ FAMILIES = {
 
 def write_reference(config: Any, folder: Path) -> Any:
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, else a forgotten one would not show
             parameter.add_(torch.randn_like(parameter) * 0.15)

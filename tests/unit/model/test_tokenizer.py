@@ -144,7 +144,7 @@ def test_the_tiny_folder_has_a_byte_tokenizer(tiny_folder: Path) -> None:
 
 def test_opening_needs_no_torch_and_less_than_a_second() -> None:
     code = (
-        "import sys, time; from covey.model.tokenizer import open_tokenizer; import covey.model.plan, covey.model.share;"
+        "import sys, time; from covey.model.tokenizer import open_tokenizer;import covey.model.plan, covey.model.share;"
         "t = time.process_time(); open_tokenizer('smollm2'); print(time.process_time() - t, 'torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -61,7 +61,8 @@ def test_two_processes_at_once_convert_once(tiny_folder: Path, tmp_path: Path) -
     command = [sys.executable, "-c", RACE, str(tiny_folder), str(tmp_path)]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for child in children:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
     answers = [child.communicate("go\n", timeout=60)[0].split() for child in children]
     assert sorted(a[0] for a in answers) == ["False", "True"]
     assert answers[0][1] == answers[1][1]
