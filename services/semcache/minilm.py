@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from covey.errors import DataCorrupt, FailedPrecondition
+from covey.errors import DataCorrupt, InvalidArgument, Unavailable
 
 from .vectors import Vectors
 
@@ -45,14 +45,15 @@ def find_model(name: str) -> Path:
     """Return the folder of the packaged model, or `name` as a folder; quick, imports nothing.
 
     Raises:
-        FailedPrecondition: it is not on this machine, and nothing will be downloaded; says what to install.
+        Unavailable: its package is not installed; says what to install.
+        InvalidArgument: `name` is no such folder; nothing is ever downloaded.
     """
     if find_spec("sentence_transformers") is None:
-        raise FailedPrecondition("sentence-transformers is not installed: install covey[semcache]", field="encoder")
+        raise Unavailable("sentence-transformers is not installed: install covey[semcache]", field="encoder")
     if name == PACKAGED:
         spec = find_spec(PACKAGE)
         if spec is None or spec.origin is None:
-            raise FailedPrecondition(
+            raise Unavailable(
                 f"the encoder {name} is not installed: install covey[semcache], or set semcache.encoder to the folder "
                 "of a sentence-transformers model",
                 field="encoder",
@@ -61,7 +62,7 @@ def find_model(name: str) -> Path:
     else:
         folder = Path(name)
     if not (folder / "modules.json").is_file():
-        raise FailedPrecondition(
+        raise InvalidArgument(
             f"the encoder {name!r} is neither {PACKAGED} nor a folder with a sentence-transformers model "
             "(modules.json); nothing is ever downloaded",
             field="encoder",

@@ -5,15 +5,12 @@ Entries live in memory: a restart begins with an empty cache.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 
 import anyio
-from structlog.typing import FilteringBoundLogger
 
 from covey.actor import supervise
-from covey.errors import CoveyError
 from covey.policy.reuse import ReusePolicy
 from covey.runtime import Runtime
 from covey.types.generate import Role
@@ -21,17 +18,18 @@ from covey.types.generate import Role
 from .cache import AnswerCache, CacheLimits
 from .config import Config
 from .encoder import Embedder, Encoder, EncoderStatus
+from .learning import learn_categories
 from .metrics import CacheMetrics
 from .minilm import PACKAGED, SentenceModel, find_model, verify
 from .servicer import SemCacheServicer
 from .store import Store
 from .upkeep import Upkeep
-from .vectors import Vectors
 
 
 async def serve(config: Config, rt: Runtime) -> None:
-    """Serve until stopped; raises `FailedPrecondition` at once when the encoder is not installed."""
+    """Serve until stopped; raises what `find_model` raises, at once, when the encoder is not there."""
     folder = find_model(config.encoder)
+    model = PACKAGED if config.encoder == PACKAGED else folder.name
     metrics = CacheMetrics(rt.metrics)
     status = EncoderStatus()
     store = Store(
@@ -65,17 +63,18 @@ async def serve(config: Config, rt: Runtime) -> None:
         servicer = SemCacheServicer(
             cache,
             embedder,
-            model=folder.name if config.encoder != PACKAGED else PACKAGED,
+            model=model,
             embed_batch=config.encode_batch,
             embed_wait_s=config.embed_wait_s,
         )
         upkeep = Upkeep(store, embedder, metrics, rt.clock, every_s=config.sweep_s)
+        learn = partial(learn_categories, config.examples(), embedder, cache, floor=config.classify_floor, log=rt.log)
         async with anyio.create_task_group() as tg:
             tg.start_soon(upkeep.run)
-            tg.start_soon(learn_categories, config, embedder, cache, rt.log)
+            tg.start_soon(learn)
             async with (
                 rt.serve_rpc(config.listen, servicer.handlers(), config.drain_s) as server,
-                rt.announce(bus, Role.SEMCACHE, server.address),
+                rt.announce(bus, Role.SEMCACHE, server.address, labels={"embedding_model": model}),
             ):
                 await rt.ready()
                 await rt.until_stopped()
@@ -87,18 +86,3 @@ def load_model(config: Config, folder: Path) -> SentenceModel:
     if config.encoder == PACKAGED:
         verify(folder)
     return SentenceModel(folder, threads=config.encoder_threads, batch_max=config.encode_batch)
-
-
-async def learn_categories(config: Config, embedder: Embedder, cache: AnswerCache, log: FilteringBoundLogger) -> None:
-    """Encode the examples of the categories once the encoder is there, and start to classify by them."""
-    vectors: dict[str, list[Vectors]] = {}
-    for name, examples in config.examples().items():
-        try:
-            encoded = [await embedder.many((text,), timeout_s=math.inf) for text in examples]
-        except CoveyError as error:
-            log.warning("categories not learnt", category=name, error=error.message)
-            return
-        vectors[name] = [one.vector for (one,) in encoded if one.vector is not None]
-    usable = {name: found for name, found in vectors.items() if found}
-    if usable:
-        cache.learn(usable, floor=config.classify_floor)

@@ -82,7 +82,10 @@ class Store:
         return tuple(self._labels[n.label].candidate(n.similarity) for n in neighbours if n.label in self._labels)
 
     def add(self, entry: Entry, vector: Vectors | None, *, quota_entries: int) -> int:
-        """Store an entry in place of any that answers the same; return how many others were evicted for it."""
+        """Store an entry in place of any that answers the same; return how many others were evicted for it.
+
+        The entry must fit: at most `size_bytes_max`, and `quota_entries` at least 1.
+        """
         for twin in self._twins(entry, vector is not None):
             self.remove(twin)
         if vector is not None:
@@ -97,7 +100,7 @@ class Store:
         tenancy.size_bytes += entry.size_bytes
         self._size_bytes += entry.size_bytes
         heapq.heappush(self._expiry, (entry.expires_at, entry.id))
-        return self._evict(entry.shelf.partition, quota_entries)
+        return self._evict(entry, quota_entries)
 
     def touch(self, entry: Entry) -> None:
         """Note that an entry was used; its age does not change."""
@@ -193,13 +196,14 @@ class Store:
         else:
             self._crowded.pop(shelf, None)
 
-    def _evict(self, partition: Partition, quota_entries: int) -> int:
+    def _evict(self, newest: Entry, quota_entries: int) -> int:
         before = len(self._entries)
-        members = self._partitions[partition]
+        members = self._partitions[newest.shelf.partition]
         while len(members) > quota_entries:
             self.remove(next(iter(members.values())))
         while len(self._entries) > self._entries_max or self._size_bytes > self._size_bytes_max:
-            largest = max(self._tenants.values(), key=lambda tenancy: tenancy.size_bytes)
+            others = (tenancy for tenancy in self._tenants.values() if next(iter(tenancy.entries)) != newest.id)
+            largest = max(others, key=lambda tenancy: tenancy.size_bytes)
             self.remove(next(iter(largest.entries.values())))
         return before - len(self._entries)
 

@@ -1,0 +1,146 @@
+"""A semcache without its process: the real cache over the real or a bag-of-words encoder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+
+import anyio
+import numpy as np
+import structlog
+from anyio import to_thread
+
+from covey.actor import supervise
+from covey.clock import Clock
+from covey.policy.reuse import ReuseMode, ReusePolicy
+from covey.telemetry import Metrics
+from covey.types.generate import FinishReason
+from covey.types.ids import TenantId
+from covey.types.semcache import CacheOffer, CacheQuery
+from services.semcache.cache import AnswerCache, CacheLimits
+from services.semcache.config import CategoryConfig, Config
+from services.semcache.encoder import Embedder, Encoder, EncoderStatus, Phase
+from services.semcache.learning import learn_categories
+from services.semcache.metrics import CacheMetrics
+from services.semcache.minilm import Encoded, EncoderModel
+from services.semcache.servicer import SemCacheServicer
+from services.semcache.store import Store
+from services.semcache.upkeep import Upkeep
+
+MODEL = "tiny"
+ACME, RIVAL = TenantId("acme"), TenantId("rival")
+SEMANTIC = Config(categories={"faq": CategoryConfig(mode=ReuseMode.SEMANTIC)})
+
+
+class BagOfWords:
+    """An encoder double: texts with the same words are equal, texts that share none are orthogonal, almost surely."""
+
+    dim = 64
+    words_max = 50
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        return [self._one(text) for text in texts]
+
+    def _one(self, text: str) -> Encoded:
+        words = text.lower().split()
+        if len(words) > self.words_max:
+            return Encoded(vector=None, tokens=len(words))
+        total = sum((_direction(word, self.dim) for word in words), start=_direction("", self.dim) * 1e-6)
+        return Encoded(vector=(total / np.linalg.norm(total)).astype(np.float32), tokens=len(words))
+
+
+def _direction(word: str, dim: int) -> np.ndarray:
+    seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest())
+    return np.random.default_rng(seed).standard_normal(dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a test may look into."""
+
+    cache: AnswerCache
+    store: Store
+    embedder: Embedder
+    servicer: SemCacheServicer
+    upkeep: Upkeep
+    status: EncoderStatus
+    metrics: Metrics
+
+
+@asynccontextmanager
+async def running_cache(
+    clock: Clock,
+    config: Config = SEMANTIC,
+    *,
+    load: Callable[[], EncoderModel] = BagOfWords,
+    wait: bool = True,
+) -> AsyncIterator[Parts]:
+    """Own a cache for a block; unless told not to, wait until its encoder is there and its categories are learnt."""
+    metrics = await to_thread.run_sync(Metrics)  # it reads /proc
+    status, log = EncoderStatus(), structlog.get_logger()
+    instruments = CacheMetrics(metrics)
+    store = Store(
+        entries_max=config.entries_max, size_bytes_max=config.size_bytes_max, tail_max=config.exact_search_max
+    )
+    async with supervise(grace_s=1.0) as supervisor:
+        encoder = supervisor.start(
+            lambda: Encoder(load, status, batch_max=config.encode_batch, clock=clock, log=log),
+            name="encoder",
+            capacity=config.encoder_queue,
+        )
+        embedder = Embedder(encoder, status, memo_max=config.memo_max)
+        cache = AnswerCache(
+            store,
+            ReusePolicy(config.policies()),
+            embedder,
+            classifies=bool(config.examples()),
+            limits=CacheLimits(
+                neighbours=config.neighbours,
+                encode_s=config.encode_s,
+                entry_size_bytes_max=config.entry_size_bytes_max,
+            ),
+            metrics=instruments,
+            clock=clock,
+            rng=Random(7),
+        )
+        if wait:
+            while status.phase is Phase.LOADING:
+                await anyio.sleep(0.01)
+            await learn_categories(config.examples(), embedder, cache, floor=config.classify_floor, log=log)
+        yield Parts(
+            cache=cache,
+            store=store,
+            embedder=embedder,
+            servicer=SemCacheServicer(cache, embedder, model="all-MiniLM-L6-v2", embed_batch=8, embed_wait_s=5.0),
+            upkeep=Upkeep(store, embedder, instruments, clock, every_s=config.sweep_s),
+            status=status,
+            metrics=metrics,
+        )
+
+
+def query(
+    text: str = "",
+    *,
+    tenant: TenantId = ACME,
+    model: str = MODEL,
+    exact: bytes = b"",
+    context: bytes = b"system",
+    category: str = "faq",
+    max_age_s: float = 0.0,
+) -> CacheQuery:
+    return CacheQuery(
+        tenant=tenant,
+        model=model,
+        exact_key=exact,
+        context_key=context,
+        text=text,
+        category=category,
+        max_age_s=max_age_s,
+    )
+
+
+def offer(asked: CacheQuery, answer: str = "an answer", reason: FinishReason = FinishReason.STOP) -> CacheOffer:
+    return CacheOffer(query=asked, text=answer, ids=(1, 2, 3), reason=reason, prompt_tokens=9, completion_tokens=3)

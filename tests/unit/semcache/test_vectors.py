@@ -1,0 +1,124 @@
+"""The vector index against brute force, across generations and removals."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.semcache.vectors import Generation, Neighbour, VectorIndex, Vectors
+
+DIM = 16
+
+
+def unit(seed: int) -> Vectors:
+    vector = np.random.default_rng(seed).standard_normal(DIM)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+def search(index: VectorIndex, vector: Vectors, k: int) -> list[Neighbour]:
+    found = index.search_tail(vector, k)
+    if index.generation is not None:
+        found += index.generation.search(vector, k, index.dead)
+    return sorted(found, key=lambda n: n.similarity, reverse=True)[:k]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(["add", "remove", "start", "finish"]), st.integers(0, 30)), max_size=80))
+def test_equals_brute_force_whatever_happens_during_a_rebuild(steps: list[tuple[str, int]]) -> None:
+    index, live, label, rebuild = VectorIndex(DIM, tail_max=4), dict[int, Vectors](), 0, None
+    for step, number in steps:
+        if step == "add":
+            index.add(label, unit(label))
+            live[label] = unit(label)
+            label += 1
+        elif step == "remove":
+            assert index.remove(number) == (live.pop(number, None) is not None)
+        elif step == "start" and len(index) and rebuild is None:
+            rebuild = index.rebuild()
+        elif step == "finish" and rebuild is not None:
+            index.adopt(rebuild, rebuild.build())
+            rebuild = None
+        assert len(index) == len(live)
+        asked = unit(1000 + number)
+        found = search(index, asked, 3)
+        expected = sorted((float(v @ asked) for v in live.values()), reverse=True)[:3]
+        assert [n.similarity for n in found] == pytest.approx(expected, abs=1e-5)
+        assert all(n.label in live for n in found)
+
+
+def renewed(index: VectorIndex) -> bool:
+    """Build what is due; say whether anything was."""
+    if not index.crowded:
+        return False
+    rebuild = index.rebuild()
+    index.adopt(rebuild, rebuild.build())
+    return True
+
+
+def test_crowded_when_the_tail_is_full_and_again_when_a_third_is_dead() -> None:
+    index = VectorIndex(DIM, tail_max=4)
+    for label in range(5):
+        index.add(label, unit(label))
+    assert renewed(index)
+    assert not renewed(index)
+    assert (len(index), index.sealed) == (5, 5)
+    index.remove(0)
+    index.remove(1)
+    assert renewed(index)
+    assert not renewed(index)
+    assert [label for label in range(5) if label in index] == [2, 3, 4]
+    assert (len(index), index.sealed) == (3, 3)
+
+
+def test_nearest_is_found_behind_many_removed_ones() -> None:
+    near = [unit(5) + 0.001 * unit(100 + i) for i in range(200)]
+    vectors = np.stack([v / np.linalg.norm(v) for v in near] + [unit(6)]).astype(np.float32)
+    generation = Generation(range(201), vectors)
+    found = generation.search(unit(5), 4, frozenset(range(200)))
+    assert [n.label for n in found] == [200]
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros(DIM), np.full(DIM, np.nan), np.full(DIM, np.inf), 2 * unit(1), np.ones(DIM + 1)]
+)
+def test_refuses_what_would_spoil_the_index(wrong: Vectors) -> None:
+    index = VectorIndex(DIM, tail_max=4)
+    with pytest.raises(ValueError):
+        index.add(1, wrong.astype(np.float32))
+    assert len(index) == 0
+
+
+def test_a_label_is_used_once() -> None:
+    index = VectorIndex(DIM, tail_max=4)
+    index.add(1, unit(1))
+    with pytest.raises(ValueError, match="taken"):
+        index.add(1, unit(2))
+
+
+def test_hnsw_recall_on_thousands() -> None:
+    vectors = np.stack([unit(seed) for seed in range(3000)])
+    generation = Generation(range(3000), vectors)
+    hits = sum(generation.search(v, 1, frozenset())[0].label == i for i, v in enumerate(vectors[:300]))
+    assert hits >= 297
+
+
+def test_a_generation_is_searched_while_the_next_is_built() -> None:
+    index = VectorIndex(DIM, tail_max=10)
+    for label in range(1500):
+        index.add(label, unit(label))
+    first = index.rebuild()
+    index.adopt(first, first.build())
+    index.add(1500, unit(1500))
+    second = index.rebuild()
+    built: list[Generation] = []
+    thread = threading.Thread(target=lambda: built.append(second.build()))
+    thread.start()
+    while thread.is_alive():
+        assert search(index, unit(7), 1)[0].label == 7
+    thread.join()
+    index.adopt(second, built[0])
+    assert index.sealed == 1501
