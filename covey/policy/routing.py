@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -109,3 +110,41 @@ class Router:
         cost_alone = computed * self._config.amid_factor + self.load(alone)
         cost_apart = self.cost(first, prompt_tokens) + self._config.handover_tokens + self.load(second)
         return apart if cost_apart <= cost_alone else Route(decode=alone.worker)
+
+
+class PrefixMemory:
+    """Where blocks of recent prompts went, as far as this gateway knows: bounded, least recently used forgotten.
+
+    A worker's own KV events are surer; this also covers workers that publish none.
+    """
+
+    def __init__(self, capacity: int = 65_536) -> None:
+        self._capacity = capacity
+        self._holders: OrderedDict[bytes, WorkerId] = OrderedDict()
+
+    def record(self, hashes: Sequence[bytes], worker: WorkerId) -> None:
+        """`worker` now has these blocks."""
+        for block in hashes:
+            self._holders[block] = worker
+            self._holders.move_to_end(block)
+        while len(self._holders) > self._capacity:
+            self._holders.popitem(last=False)
+
+    def overlap(self, hashes: Sequence[bytes]) -> dict[WorkerId, int]:
+        """How many leading blocks of a chain each worker was given last; only an unbroken run from the first counts."""
+        found: dict[WorkerId, int] = {}
+        for depth, block in enumerate(hashes):
+            holder = self._holders.get(block)
+            if holder is None:
+                break
+            found[holder] = depth + 1
+        return found
+
+    def forget(self, worker: WorkerId) -> None:
+        """The worker is gone, and its blocks with it."""
+        for block in [b for b, holder in self._holders.items() if holder == worker]:
+            del self._holders[block]
+
+    def check(self) -> None:
+        """Invariants; raises AssertionError."""
+        assert len(self._holders) <= self._capacity

@@ -1,0 +1,1 @@
+"""The gateway: the edge of the mesh, where requests become work for prefill and decode."""

@@ -1,0 +1,152 @@
+"""semcache as the gateway uses it: look-ups under a short deadline that never fail a request, and offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
+from hashlib import blake2b
+
+import msgspec
+
+from covey.clock import Clock
+from covey.codec.methods import SemCache
+from covey.errors import CoveyError
+from covey.net.rpc import Channels
+from covey.retry import Breaker
+from covey.types.generate import FinishReason, Role, Sampling
+from covey.types.program import CacheMode, CacheOutcome, Delta, Message
+from covey.types.semcache import VALUE_CHARS_MAX, CachedAnswer, CacheOffer, CacheQuery, CacheReply
+
+from .errands import Errands
+from .fleet import Fleet
+from .job import Job, Prompt
+
+SEMANTIC_CHARS_MAX = 65_536
+PIECE_CHARS = 64
+"""A cached answer is streamed in pieces of this many characters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cached:
+    """An answer from semcache and how it was found."""
+
+    outcome: CacheOutcome
+    answer: CachedAnswer
+
+
+def query_for(
+    job: Job, prompt: Prompt, token_ids: tuple[int, ...], sampling: Sampling, *, revision: str, seeded: bool
+) -> CacheQuery | None:
+    """What to look for, or None when this request's answer cannot be kept.
+
+    The exact key covers model, tokens and all that shapes the answer, and exists when the answer is determined: greedy
+    or with the caller's seed. The context key covers the same without the last user turn and the seed.
+    """
+    if sampling.logprobs is not None:
+        return None  # kept answers have none
+    shape = (job.model, revision, job.params.stop, astuple(replace(sampling, seed=0)))
+    exact = b""
+    if sampling.temperature == 0:
+        exact = _key("exact", shape, token_ids)
+    elif seeded:
+        exact = _key("exact", shape, token_ids, sampling.seed)
+    text, context = _last_turn(prompt.messages)
+    if not exact and not text:
+        return None
+    return CacheQuery(
+        tenant=job.tenant,
+        model=job.model,
+        exact_key=exact,
+        context_key=_key("context", shape, context) if text else b"",
+        text=text,
+    )
+
+
+class Answers:
+    """Finds and offers answers; when semcache is slow or gone there simply is no cache for a while."""
+
+    def __init__(self, channels: Channels, fleet: Fleet, clock: Clock, errands: Errands, *, deadline_s: float) -> None:
+        self._channels = channels
+        self._fleet = fleet
+        self._clock = clock
+        self._errands = errands
+        self._deadline_s = deadline_s
+        self._breaker = Breaker(failures=3, open_s=5.0)
+
+    async def exact(self, query: CacheQuery) -> Cached | CacheOutcome:
+        """The answer to exactly this request, or MISS, or OFF when semcache did not say in time."""
+        if not query.exact_key:
+            return CacheOutcome.MISS
+        return await self._lookup(replace(query, text="", context_key=b""))
+
+    async def semantic(self, query: CacheQuery) -> Cached | CacheOutcome:
+        """The answer to a request that means the same, or MISS, or OFF."""
+        if not query.text:
+            return CacheOutcome.MISS
+        return await self._lookup(replace(query, exact_key=b""))
+
+    def offer(
+        self, query: CacheQuery, text: str, ids: tuple[int, ...], reason: FinishReason, prompt_tokens: int
+    ) -> None:
+        """Let semcache keep a finished answer, in the background."""
+        address = self._fleet.service(Role.SEMCACHE)
+        if address is None or not text or len(text) > VALUE_CHARS_MAX:
+            return
+        offer = CacheOffer(
+            query=query,
+            text=text,
+            ids=ids,
+            reason=reason,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(ids),
+        )
+        channel = self._channels.to(address)
+        self._errands.run(lambda: channel.call(SemCache.OFFER, offer, timeout_s=5.0), "offer")
+
+    async def _lookup(self, query: CacheQuery) -> Cached | CacheOutcome:
+        address = self._fleet.service(Role.SEMCACHE)
+        attempt = self._breaker.attempt(self._clock.now()) if address else None
+        if address is None or attempt is None:
+            return CacheOutcome.OFF
+        try:
+            reply: CacheReply = await self._channels.to(address).call(
+                SemCache.LOOKUP, query, timeout_s=self._deadline_s
+            )
+        except CoveyError:
+            self._breaker.fail(attempt, self._clock.now())
+            return CacheOutcome.OFF
+        except BaseException:
+            self._breaker.cancel(attempt)
+            raise
+        self._breaker.succeed(attempt)
+        if reply.answer is None or reply.outcome not in (CacheOutcome.EXACT, CacheOutcome.SEMANTIC):
+            return CacheOutcome.MISS
+        return Cached(outcome=reply.outcome, answer=reply.answer)
+
+
+def can_read(mode: CacheMode) -> bool:
+    return mode in (CacheMode.USE, CacheMode.NO_STORE)
+
+
+def can_fill(mode: CacheMode) -> bool:
+    return mode in (CacheMode.USE, CacheMode.REFRESH)
+
+
+def pieces(index: int, answer: CachedAnswer) -> Iterator[Delta]:
+    """A kept answer as the deltas of a stream; its tokens come with the last."""
+    starts = range(0, len(answer.text), PIECE_CHARS)
+    for start in starts:
+        is_last = start + PIECE_CHARS >= len(answer.text)
+        yield Delta(index=index, text=answer.text[start : start + PIECE_CHARS], ids=answer.ids if is_last else ())
+
+
+def _last_turn(messages: tuple[Message, ...]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The last user turn and what came before it; no text when the conversation does not end with a short user turn."""
+    if not messages or messages[-1].role != "user" or len(messages[-1].content) > SEMANTIC_CHARS_MAX:
+        return "", ()
+    return messages[-1].content, tuple((m.role, m.content) for m in messages[:-1])
+
+
+def _key(kind: str, *parts: object) -> bytes:
+    encode: Callable[[object], bytes] = msgspec.msgpack.Encoder(order="deterministic").encode
+    return blake2b(encode((kind, *parts)), digest_size=16, person=b"covey-answer").digest()

@@ -1,0 +1,72 @@
+"""One request as the gateway works on it, whichever edge it came through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from covey.types.generate import FinishReason, Timings, Usage
+from covey.types.ids import CallId, ProgramId, RequestId, TenantId, WorkerId
+from covey.types.program import CacheMode, CacheOutcome, CallParams, Message, ToolHint
+
+SEQUENCES_MAX = 128
+"""Prompts times `n` of one request."""
+COMPLETION_TOKENS_DEFAULT = 16
+"""What a plain completion without `max_tokens` gets, as at OpenAI; a chat gets all that the context leaves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What to continue: a conversation, a text, or tokens; exactly one of them."""
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    ids: tuple[int, ...] | None = None
+
+    @property
+    def field(self) -> str:
+        """What the caller calls it."""
+        return "messages" if self.messages else "prompt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A validated request of an authenticated tenant. `deadline_at` is on the gateway's clock."""
+
+    request_id: RequestId
+    tenant: TenantId
+    model: str
+    prompts: tuple[Prompt, ...]
+    params: CallParams
+    cache: CacheMode
+    deadline_at: float
+    priority: int = 0
+    program_id: ProgramId = ProgramId("")
+    call_id: CallId = CallId("")
+    then_tool: ToolHint | None = None
+    sticky: WorkerId = WorkerId("")
+    """The decode worker that holds the program's prefix."""
+    hints: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one sequence ended."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    cache: CacheOutcome = CacheOutcome.OFF
+    split: bool = False
+    migrations: int = 0
+    worker: WorkerId = WorkerId("")
+
+
+def add_timings(a: Timings, b: Timings) -> Timings:
+    return Timings(
+        queue_s=a.queue_s + b.queue_s,
+        lookup_s=a.lookup_s + b.lookup_s,
+        transfer_s=a.transfer_s + b.transfer_s,
+        prefill_s=a.prefill_s + b.prefill_s,
+        decode_s=a.decode_s + b.decode_s,
+    )

@@ -1,0 +1,1 @@
+"""Programs: graphs of calls over semantic variables."""
