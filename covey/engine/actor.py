@@ -104,6 +104,18 @@ class EngineActor:
             for seq in self._live.all():
                 seq.outbox.put(failed(Unavailable("the engine stopped")))
 
+    def check(self) -> None:
+        """Assert the invariants of blocks and batch; when nothing runs, nothing is held or promised."""
+        self.pool.check()
+        self.batcher.check()
+        live = self._live.all()
+        assert self.pool.reserved >= sum(seq.promised for seq in live)
+        assert all(seq.named <= seq.computed // self._block_size <= len(seq.blocks) for seq in live)
+        if self._is_quiet:
+            assert self.pool.held == self.pool.pinned
+            assert self.pool.reserved == 0
+            assert self.batcher.running == self.batcher.waiting == 0
+
     @property
     def _is_quiet(self) -> bool:
         return not len(self._live) and not self._background.running

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -44,8 +44,18 @@ FEATURES = {
 class Engine:
     """Generates, cancels, retains, exports and adopts. Errors of a request are events; other calls raise."""
 
-    def __init__(self, ref: Ref[Message], board: Board, info: EngineInfo, limits: EngineLimits, clock: Clock) -> None:
+    def __init__(
+        self,
+        ref: Ref[Message],
+        board: Board,
+        info: EngineInfo,
+        limits: EngineLimits,
+        clock: Clock,
+        check: Callable[[], None],
+    ) -> None:
         self._ref = ref
+        self.check = check
+        """Asserts the invariants of blocks and batch; for tests and debugging, between steps."""
         self._info = info
         self._limits = limits
         self._clock = clock
@@ -162,7 +172,7 @@ async def open_engine(
     async with supervise(grace_s=grace_s) as supervisor:
         capacity = limits.batch.queue_max + limits.batch.max_running
         ref = supervisor.start(lambda: actor, name=f"engine {worker}", capacity=capacity)
-        yield Engine(ref, actor.board, _info(actor, runner, role, worker), limits, clock)
+        yield Engine(ref, actor.board, _info(actor, runner, role, worker), limits, clock, actor.check)
 
 
 def _info(actor: EngineActor, runner: Runner, role: Role, worker: WorkerId) -> EngineInfo:
