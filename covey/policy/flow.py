@@ -77,7 +77,7 @@ class FlowRun:
     def ready(self, now: float) -> tuple[Effect, ...]:
         """Return what to do next; the same until an event changes it or time passes `next_wake`.
 
-        Applying `NodeStarted` of an llm node may make its consumers ready: ask again.
+        Starts come in topological order and together: an llm node and those that will get its value at the gateway.
         """
         if self.ended:
             return ()
@@ -87,10 +87,24 @@ class FlowRun:
         expired = tuple(Expire(node=node_id) for node_id in self._due(now))
         if expired:
             return expired
-        startable = sorted(
-            (node_id for node_id in self._ready if self.nodes[node_id].resume_at_s <= now), key=self._place.__getitem__
+        return tuple(
+            Start(node=node_id, submission=self.nodes[node_id].submissions + 1) for node_id in self._startable(now)
         )
-        return tuple(Start(node=node_id, submission=self.nodes[node_id].submissions + 1) for node_id in startable)
+
+    def _startable(self, now: float) -> list[str]:
+        todo = [node_id for node_id in self._ready if self.nodes[node_id].resume_at_s <= now]
+        unready: dict[str, int] = {}
+        found: list[str] = []
+        while todo:
+            node_id = todo.pop()
+            found.append(node_id)
+            for consumer in self.graph.consumers[node_id]:
+                if not self._can_pipe(node_id, consumer) or self.nodes[consumer].state is not NodeState.WAITING:
+                    continue
+                unready[consumer] = unready.get(consumer, self._unready[consumer]) - 1
+                if unready[consumer] == 0 and self.nodes[consumer].resume_at_s <= now:
+                    todo.append(consumer)
+        return sorted(found, key=self._place.__getitem__)
 
     def next_wake(self) -> float:
         """Return the Unix time at which `ready` may change without an event."""
@@ -279,6 +293,10 @@ class FlowRun:
         state = self.nodes[producer].state
         if state is not NodeState.RUNNING:
             return state is NodeState.SUCCEEDED
+        return self._can_pipe(producer, consumer)
+
+    def _can_pipe(self, producer: str, consumer: str) -> bool:
+        """Whether the gateway hands the value on by itself."""
         both_llm = self.graph.is_llm(producer) and self.graph.is_llm(consumer)
         return both_llm and producer not in self.graph.nodes[consumer].after
 

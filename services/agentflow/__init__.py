@@ -1,0 +1,1 @@
+"""Durable runs of workflows over the gateway's programs and attached tools."""

@@ -1,0 +1,111 @@
+"""The agentflow process: journal, blobs, runs and tool workers, put together and taken apart in order."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from random import Random
+
+import anyio
+
+from covey.auth import ApiKeys
+from covey.clock import Clock
+from covey.errors import Unavailable
+from covey.net.registry import Registry
+from covey.net.rpc import Channel, Channels
+from covey.net.rpc import serve as serve_rpc
+from covey.runtime import Runtime
+from covey.secretfile import read_secret
+from covey.types.generate import EngineLoad, Role
+from covey.types.ids import TenantId
+from services.agentflow.blob import Blobs
+from services.agentflow.config import Config
+from services.agentflow.journal import STREAM, SUBJECT, Journal
+from services.agentflow.program import Gateways
+from services.agentflow.runs import Runs
+from services.agentflow.servicer import Servicer
+from services.agentflow.toolbox import Toolbox
+from services.agentflow.work import Surroundings
+
+STOP_S = 5.0
+"""What executors get to journal what they hold; the rest is done by the next owner."""
+
+
+class MeshGateways:
+    """The configured gateway, or one that the registry knows."""
+
+    def __init__(self, address: str, registry: Registry, channels: Channels) -> None:
+        self._address = address
+        self._registry = registry
+        self._channels = channels
+
+    def channel(self) -> Channel:
+        address = self._address
+        if not address:
+            views = self._registry.workers(Role.GATEWAY)
+            if not views:
+                raise Unavailable("no gateway is in the registry", retry_after_ms=500)
+            address = min(views, key=lambda view: view.record.worker).record.address
+        return self._channels.to(address)
+
+
+@asynccontextmanager
+async def opened_runs(
+    config: Config, journal: Journal, blobs: Blobs, toolbox: Toolbox, gateways: Gateways, clock: Clock, rng: Random
+) -> AsyncIterator[Runs]:
+    """Replay the journal and own the executors for a block; leaving it leaves open runs to the next owner."""
+    around = Surroundings(
+        blobs=blobs,
+        toolbox=toolbox,
+        gateways=gateways,
+        waits=anyio.CapacityLimiter(config.waits_max),
+        clock=clock,
+        rng=rng,
+        gateway_patience_s=config.gateway_patience_s,
+        tool_stop_s=config.tool_stop_s,
+    )
+    async with anyio.create_task_group() as tasks:
+        runs = Runs(
+            journal,
+            around,
+            tasks,
+            limits=config.limits(),
+            open_max=config.open_runs_max,
+            runs_max=config.runs_max,
+            in_memory_max=config.runs_in_memory_max,
+        )
+        await runs.replay()
+        try:
+            yield runs
+        finally:
+            with anyio.CancelScope(shield=True):
+                await runs.stop(STOP_S)
+            tasks.cancel_scope.cancel()
+
+
+async def serve(config: Config, rt: Runtime) -> None:
+    """Run agentflow until the process is told to stop."""
+    keys = ApiKeys({TenantId(name): read_secret(tenant.key_file) for name, tenant in config.tenants.items()})
+    blobs, toolbox = Blobs(config.blob_path()), Toolbox()
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(rt.bus())
+        registry = await stack.enter_async_context(rt.registry(bus))
+        stream = await bus.stream(STREAM, (f"{SUBJECT}.*",), bytes_max=config.journal_bytes_max)
+        journal = Journal(stream, owner=f"{rt.worker}:{rt.epoch}")
+        gateways = MeshGateways(config.gateway, registry, rt.channels)
+        runs = await stack.enter_async_context(opened_runs(config, journal, blobs, toolbox, gateways, rt.clock, rt.rng))
+        rt.metrics.gauge("agentflow_open_runs", "Runs that have not ended").set_function(lambda: runs.open_count)
+        rt.metrics.gauge("agentflow_tool_workers", "Attached tool workers").set_function(lambda: toolbox.workers)
+        servicer = Servicer(runs, toolbox, blobs, keys, beat_s=config.tool_beat_s)
+        # No mesh token here: callers are tenants, and each handler authenticates their API key.
+        server = await stack.enter_async_context(
+            serve_rpc(config.listen, servicer.handlers(), token=None, grace_s=config.drain_s)
+        )
+        await stack.enter_async_context(
+            rt.announce(bus, Role.AGENTFLOW, server.address, load=lambda: EngineLoad(running=runs.open_count))
+        )
+        await rt.ready()
+        await rt.until_stopped()
+        # Runs first: a tool lost while its run is still driven would count as a failed attempt.
+        await runs.stop(STOP_S)
+        toolbox.close()
