@@ -73,7 +73,9 @@ async def test_examples_classify_what_names_no_category(clock: VirtualClock, sen
                 tau=0.85,
                 examples=("My card was declined", "How do I transfer money?", "Where is the nearest ATM?"),
             ),
-            "code": CategoryConfig(examples=("Write a Python function that sorts", "Fix this segmentation fault")),
+            "code": CategoryConfig(
+                examples=("Write a Python function that sorts a list", "Why does this C program crash?")
+            ),
         },
     )
     async with running_cache(clock, config, load=lambda: sentence_model) as parts:
