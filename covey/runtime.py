@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import signal
@@ -41,7 +42,6 @@ C = TypeVar("C", bound=CommonConfig)
 Serve = Callable[[C, "Runtime"], Awaitable[None]]
 
 EXIT_DRAINED, EXIT_CRASHED, EXIT_CONFIG, EXIT_DEPENDENCY = range(4)
-READY_BYTE = b"\n"
 WILDCARD_HOSTS = ("0.0.0.0", "[::]", "::")  # noqa: S104 - recognised, never bound unasked
 
 
@@ -147,12 +147,16 @@ class Runtime:
         )
         return announce(bus, record, load=load, clock=self.clock)
 
-    async def ready(self) -> None:
-        """Tell the log, and whoever waits on `--ready-fd`, that this service takes work."""
+    async def ready(self, **addresses: str) -> None:
+        """Tell the log, and whoever waits on `--ready-fd`, that this service takes work.
+
+        The waiter reads one line: a JSON object of addresses, `grpc` and whatever else is given by name.
+        """
         self.is_ready = True
         self.log.info("ready", addresses=self._addresses, metrics=self.metrics_address, epoch=self.epoch)
         if self._ready_fd is not None:
-            os.write(self._ready_fd, READY_BYTE)
+            said = {"grpc": next(iter(self._addresses), ""), "metrics": self.metrics_address, **addresses}
+            os.write(self._ready_fd, json.dumps(said).encode() + b"\n")
             os.close(self._ready_fd)
             self._ready_fd = None
 

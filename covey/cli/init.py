@@ -22,7 +22,7 @@ def init(directory: Path, models: tuple[str, ...], nats: str, cache_dir: Path, j
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     local, remotes = parse_models(models)
     everywhere = "0.0.0.0"  # noqa: S104 - inside the deployment's own network
-    token_file = write_server_config(directory, host=everywhere, port=4222, store_dir=jetstream_dir)
+    token_file = write_server_config(directory, host=everywhere, port=4222, monitor_port=8222, store_dir=jetstream_dir)
     files = MeshFiles(run_dir=directory, cache_dir=cache_dir)
     files.write(nats_url=nats, nats_token_file=token_file, models=local, remotes=remotes)
     click.echo(f"wrote {files.config}")

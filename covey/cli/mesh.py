@@ -13,9 +13,9 @@ from anyio.abc import TaskGroup
 
 from covey.cli.child import Child, ChildSpec
 from covey.cli.files import MeshFiles
+from covey.cli.kept_nats import KeptNats, kept_nats
 from covey.clock import Clock, MonotonicClock
 from covey.errors import CoveyError, DeadlineExceeded, Unavailable
-from covey.net.embedded import EmbeddedNats
 from covey.retry import Backoff
 
 START_TIMEOUT_S = 180.0
@@ -79,7 +79,7 @@ class MeshPlan:
 class Mesh:
     """A running mesh: its children by name."""
 
-    def __init__(self, plan: MeshPlan, nats: EmbeddedNats, report: Report, clock: Clock) -> None:
+    def __init__(self, plan: MeshPlan, nats: KeptNats, report: Report, clock: Clock) -> None:
         self.plan = plan
         self.nats = nats
         self.children: dict[str, Child] = {}
@@ -186,10 +186,11 @@ async def running(plan: MeshPlan, *, report: Report = lambda _name, _state: None
         CoveyError: it could not start, or a child does not stay up.
     """
     clock = MonotonicClock()
-    report("nats", "starting")
-    async with EmbeddedNats(plan.files.run_dir) as nats:
-        report("nats", "ready")
-        plan.files.write(nats_url=nats.url, nats_token_file=nats.token_file, remotes=plan.remotes, models=plan.models)
+    async with kept_nats(plan.files.run_dir, report) as nats:
+        server = nats.running
+        plan.files.write(
+            nats_url=server.url, nats_token_file=server.token_file, remotes=plan.remotes, models=plan.models
+        )
         mesh = Mesh(plan, nats, report, clock)
         try:
             async with anyio.create_task_group() as tasks:

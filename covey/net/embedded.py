@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import anyio
 
@@ -42,7 +42,16 @@ class EmbeddedNats:
     url: str
     token: str
     token_file: Path
-    pid: int
+    port: int
+    process: asyncio.subprocess.Process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def wait(self) -> int:
+        """Wait until the server ends, by itself or killed; returns its exit code."""
+        return await self.process.wait()
 
     @classmethod
     @asynccontextmanager
@@ -71,7 +80,7 @@ class EmbeddedNats:
             )
         try:
             await _until_ready(process, port, home / "server.log")
-            yield cls(url=f"nats://127.0.0.1:{port}", token=token, token_file=token_file, pid=process.pid)
+            yield cls(url=f"nats://127.0.0.1:{port}", token=token, token_file=token_file, port=port, process=process)
         finally:
             with anyio.CancelScope(shield=True):
                 await _stop(process)
@@ -121,24 +130,41 @@ def _token(home: Path) -> tuple[str, Path]:
     return token, path
 
 
+def write_server_config(directory: Path, *, host: str, port: int, monitor_port: int, store_dir: Path) -> Path:
+    """Write `nats.conf` and `nats.token` for a server that is started elsewhere; returns the token's path."""
+    path = directory / "nats.token"
+    if not path.exists():
+        _write_private(path, secrets.token_urlsafe(32) + "\n")
+    settings = _settings(f"{host}:{port}", path.read_text().strip(), store_dir)
+    settings["http"] = f"{host}:{monitor_port}"
+    config = directory / "nats.conf"
+    config.unlink(missing_ok=True)
+    _write_private(config, json.dumps(settings, indent=2))
+    return path
+
+
 def _write_config(home: Path, port: int, token: str) -> Path:
-    settings = {
+    path = home / "server.conf"
+    path.unlink(missing_ok=True)
+    settings = _settings(f"127.0.0.1:{port}", token, home / "jetstream")
+    _write_private(path, json.dumps(settings, indent=2))  # NATS reads JSON
+    return path
+
+
+def _settings(listen: str, token: str, store_dir: Path) -> dict[str, Any]:
+    return {
         "server_name": "covey",
-        "listen": f"127.0.0.1:{port}",
+        "listen": listen,
         "max_payload": 1024 * 1024,
         "write_deadline": "2s",
         "authorization": {"token": token},
         "jetstream": {
-            "store_dir": str(home / "jetstream"),
+            "store_dir": str(store_dir),
             "sync_interval": "always",
             "max_memory_store": MAX_MEMORY_BYTES,
             "max_file_store": MAX_STORE_BYTES,
         },
     }
-    path = home / "server.conf"
-    path.unlink(missing_ok=True)
-    _write_private(path, json.dumps(settings, indent=2))  # NATS reads JSON
-    return path
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.from_thread
@@ -16,7 +17,7 @@ from tests.support.meshes import TINY, mesh_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-MESSAGES: list[dict[str, str]] = [{"role": "user", "content": "Say something."}]
+MESSAGES: Any = [{"role": "user", "content": "Say something."}]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_a_stream_carries_the_same_text_one_id_and_the_usage(client: openai.Open
 
 
 def test_completions_n_seed_stop_and_logprobs(client: openai.OpenAI) -> None:
-    options = {"model": TINY, "prompt": "abc", "max_tokens": 8, "temperature": 1.0, "seed": 5, "n": 2, "logprobs": 2}
+    options: Any = {"model": TINY, "prompt": "abc", "max_tokens": 8, "temperature": 1.0, "seed": 5, "n": 2, "logprobs": 2}
     first = client.completions.create(**options)
     again = client.completions.create(**options)
     assert [c.text for c in first.choices] == [c.text for c in again.choices]
@@ -124,7 +125,7 @@ def test_models_and_embeddings(client: openai.OpenAI) -> None:
 def test_a_bad_request_is_an_error_that_names_the_field(
     client: openai.OpenAI, change: dict[str, object], error: type[openai.APIStatusError], param: str
 ) -> None:
-    options = {"model": TINY, "messages": MESSAGES, "max_tokens": 4, **change}
+    options: Any = {"model": TINY, "messages": MESSAGES, "max_tokens": 4, **change}
     with pytest.raises(error) as raised:
         client.chat.completions.create(**options)
     assert raised.value.param == param
@@ -151,7 +152,7 @@ async def test_the_async_client_streams_many_at_once(mesh: Mesh) -> None:
     texts: list[str] = []
 
     async def one(client: openai.AsyncOpenAI) -> None:
-        stream = await client.chat.completions.create(
+        stream: Any = await client.chat.completions.create(
             model=TINY, messages=MESSAGES, max_tokens=10, temperature=0, stream=True
         )
         texts.append("".join([c.choices[0].delta.content or "" async for c in stream]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from covey.cli.child import Child
 from covey.cli.mesh import Mesh
 from covey.codec.methods import Decode
 from covey.net.rpc import Channel
+from covey.testing import assert_eventually
 from covey.types.common import Empty
 from tests.support.meshes import PACKAGED, TINY, chat_body, client_of, mesh_of
 
@@ -122,7 +124,9 @@ async def test_a_restart_of_nats_does_not_touch_a_running_stream(tmp_path: Path)
             return
 
         async def restart() -> None:
-            await mesh.nats.restart()
+            killed = mesh.nats.pid
+            os.kill(killed, signal.SIGKILL)
+            await assert_eventually(lambda: mesh.nats.pid != killed, timeout_s=20)
 
         undisturbed, _ = await _disturbed(mesh, body, nothing)
         text, last = await _disturbed(mesh, body, restart)
