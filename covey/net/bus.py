@@ -133,7 +133,7 @@ class Bus(Protocol):
         """Open a bucket, made if it is not there. Raises `Unavailable`."""
         ...
 
-    async def stream(self, name: str, subjects: tuple[str, ...], *, bytes_max: int) -> Stream:
+    async def stream(self, name: str, subjects: tuple[str, ...], *, bytes_max: int = ...) -> Stream:
         """Open a journal on disk, made if it is not there; full, it refuses new records. Raises `Unavailable`."""
         ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from covey.net.memory_bus import MemoryBroker, MemoryBus
 from covey.net.memory_rpc import MemoryNetwork, MemoryServer
 from covey.net.memory_wire import Faults
 
-__all__ = ["Faults", "MemoryNetwork", "MemoryServer"]
+__all__ = ["Faults", "MemoryBroker", "MemoryBus", "MemoryNetwork", "MemoryServer"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from random import Random
 from typing import Any, Final, Self
 
 import anyio
 import nats.errors
-from anyio.streams.memory import MemoryObjectReceiveStream
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from covey.errors import Unavailable
+from covey.errors import CoveyError, Unauthenticated, Unavailable
 from covey.net.bus import BusMessage, check_payload, check_subject
 from covey.net.nats_errors import translated
 from covey.net.nats_jetstream import NatsBucket, NatsStream
@@ -27,6 +26,8 @@ PING_S: Final = 1
 PINGS_OUTSTANDING_MAX: Final = 2
 """A frozen server is given up after about three seconds."""
 PENDING_BYTES_MAX: Final = 2 * 1024 * 1024
+PENDING_MESSAGES_MAX: Final = 65536
+STREAM_BYTES_MAX: Final = 1024**3
 RECONNECT: Final = Backoff(base_s=0.05, ceiling_s=1.0)
 
 log = logging.getLogger(__name__)
@@ -35,13 +36,18 @@ log = logging.getLogger(__name__)
 class NatsBus:
     """One connection to NATS, owned by `NatsBus.open`."""
 
-    def __init__(self, client: Client, rng: Random) -> None:
-        self._client = client
+    def __init__(self, urls: list[str], *, token: str | None, name: str, rng: Random) -> None:
+        self._urls = urls
+        self._token = token
+        self._name = name
         self._rng = rng
-        self._attempt = 0
-        self._closing = False
+        self._client = Client()
+        self._subscriptions: dict[NatsSubscription, Any] = {}
         self._connections = 0
+        self._attempt = 0
+        self._refused = False
         self._connected = anyio.Event()
+        self._closed = anyio.Event()
 
     @classmethod
     @asynccontextmanager
@@ -54,13 +60,16 @@ class NatsBus:
             Unavailable: no server answered within `CONNECT_TIMEOUT_S`.
             Unauthenticated: the server refused the token.
         """
-        bus = cls(Client(), rng or Random())  # noqa: S311 - jitter
+        bus = cls(url.split(","), token=token, name=name, rng=rng or Random())  # noqa: S311 - jitter
         try:
-            await bus._connect(url.split(","), token, name)
-            yield bus
+            await bus._connect()
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(bus._revive)
+                yield bus
+                tg.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
-                await bus._close()
+                await _close(bus._client)
 
     @property
     def connected(self) -> bool:
@@ -77,58 +86,63 @@ class NatsBus:
     async def publish(self, subject: str, payload: bytes, *, headers: Mapping[str, str] | None = None) -> None:
         check_payload(payload)
         check_subject(subject)
-        self.check_connected()
-        if self._client.pending_data_size > PENDING_BYTES_MAX:
-            raise Unavailable("too much is waiting to be sent to NATS", retry_after_ms=1000)
-        with translated():
+        with self.translated():
             await self._client.publish(subject, payload, headers=dict(headers) if headers else None)
 
     @asynccontextmanager
     async def subscribe(self, subject: str, *, capacity: int = 1024) -> AsyncIterator[NatsSubscription]:
         check_subject(subject.removeprefix("$KV."), wildcards=True)
-        send, receive = anyio.create_memory_object_stream[BusMessage](capacity)
-        subscription = NatsSubscription(receive)
-
-        async def deliver(message: Msg) -> None:
-            try:
-                send.send_nowait(_message(message))
-            except anyio.WouldBlock:
-                subscription.dropped += 1
-
-        with send, receive, translated():
-            inner = await self._client.subscribe(subject, cb=deliver, pending_msgs_limit=max(capacity, 1024))
-            try:
-                with anyio.move_on_after(REQUEST_TIMEOUT_S):
-                    await self._client.flush()  # the server knows of it before anything is published after this
-                yield subscription
-            finally:
-                with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_TIMEOUT_S):
-                    await _unsubscribe(inner)
+        subscription = NatsSubscription(subject, capacity)
+        self._subscriptions[subscription] = None
+        try:
+            if self.connected:
+                with self.translated():
+                    await self._listen(subscription)
+                    await self._client.flush(CLOSE_TIMEOUT_S)  # what is published after this will be heard
+            yield subscription
+        finally:
+            inner = self._subscriptions.pop(subscription)
+            subscription.close()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_TIMEOUT_S):
+                await _unsubscribe(inner)
 
     async def kv(self, bucket: str, *, ttl_s: float | None = None, storage: str = "memory") -> NatsBucket:
-        opened = NatsBucket(self, self.jetstream(), bucket, ttl_s=ttl_s, storage=storage)
+        opened = NatsBucket(self, bucket, ttl_s=ttl_s, storage=storage)
         await opened.ensure()
         return opened
 
-    async def stream(self, name: str, subjects: tuple[str, ...], *, bytes_max: int) -> NatsStream:
-        opened = NatsStream(self, self.jetstream(), name, subjects, bytes_max=bytes_max)
+    async def stream(self, name: str, subjects: tuple[str, ...], *, bytes_max: int = STREAM_BYTES_MAX) -> NatsStream:
+        opened = NatsStream(self, name, subjects, bytes_max=bytes_max)
         await opened.ensure()
         return opened
 
-    def jetstream(self) -> Any:
-        return self._client.jetstream(timeout=REQUEST_TIMEOUT_S)
+    @contextmanager
+    def translated(self) -> Iterator[Any]:
+        """Hand out the JetStream context and turn what nats-py raises into the error tree.
 
-    def check_connected(self) -> None:
-        """Raise `Unavailable` while there is no connection: nats-py would keep what is published for later."""
+        Raises:
+            Unavailable: there is no connection (nats-py would keep what is published for later), or too much is
+                waiting to be sent.
+        """
         if not self.connected:
             raise Unavailable("not connected to NATS", retry_after_ms=1000)
+        if self._client.pending_data_size > PENDING_BYTES_MAX:
+            raise Unavailable("too much is waiting to be sent to NATS", retry_after_ms=1000)
+        with translated():
+            yield self._client.jetstream(timeout=REQUEST_TIMEOUT_S)
 
-    async def _connect(self, urls: list[str], token: str | None, name: str) -> None:
-        with anyio.move_on_after(CONNECT_TIMEOUT_S), translated():
+    async def _listen(self, subscription: NatsSubscription) -> None:
+        self._subscriptions[subscription] = await self._client.subscribe(
+            subscription.subject, cb=subscription.deliver, pending_msgs_limit=PENDING_MESSAGES_MAX
+        )
+
+    async def _connect(self) -> None:
+        self._refused = False
+        with anyio.move_on_after(CONNECT_TIMEOUT_S) as self._connecting, translated():
             await self._client.connect(
-                servers=urls,
-                token=token,
-                name=name or None,
+                servers=self._urls,
+                token=self._token,
+                name=self._name or None,
                 max_reconnect_attempts=-1,
                 reconnect_to_server_handler=self._next_server,
                 connect_timeout=2,
@@ -138,24 +152,37 @@ class NatsBus:
                 error_cb=self._on_error,
                 disconnected_cb=self._on_disconnect,
                 reconnected_cb=self._on_connect,
+                closed_cb=self._on_close,
             )
             await self._on_connect()
             return
-        raise Unavailable(f"no NATS server answered at {', '.join(_shown(url) for url in urls)}", field="nats")
+        if self._refused:
+            raise Unauthenticated("NATS refused the connection: is the token right?", field="nats_token_file")
+        raise Unavailable(f"no NATS server answered at {', '.join(map(_shown, self._urls))}", field="nats")
 
-    async def _close(self) -> None:
-        self._closing = True
-        with anyio.move_on_after(CLOSE_TIMEOUT_S):
-            if self.connected:
-                try:
-                    await self._client.flush(CLOSE_TIMEOUT_S)
-                except nats.errors.Error:
-                    log.info("nats: the last messages may not have been sent")
-            await self._client.close()
+    async def _revive(self) -> None:
+        """Start over with a new client: nats-py gives up for good on some of a server's errors."""
+        while True:
+            await self._closed.wait()
+            self._closed = anyio.Event()
+            await _close(self._client)
+            self._client = Client()
+            try:
+                await self._connect()
+                with translated():
+                    for subscription in tuple(self._subscriptions):
+                        await self._listen(subscription)
+            except CoveyError as error:
+                log.warning("nats: %s", error)
+                self._closed.set()
+                await anyio.sleep(self._delay_s())
+
+    def _delay_s(self) -> float:
+        self._attempt += 1
+        return RECONNECT.delay_s(self._attempt - 1, self._rng)
 
     def _next_server(self, servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:
-        delay_s = RECONNECT.delay_s(self._attempt, self._rng)
-        self._attempt += 1
+        delay_s = self._delay_s()
         return servers[self._attempt % len(servers)], delay_s
 
     async def _on_connect(self) -> None:
@@ -166,19 +193,25 @@ class NatsBus:
         self._connected = anyio.Event()
 
     async def _on_disconnect(self) -> None:
-        if not self._closing:
-            log.warning("nats disconnected")
+        log.info("nats disconnected")
+
+    async def _on_close(self) -> None:
+        self._closed.set()
 
     async def _on_error(self, error: Exception) -> None:
         log.info("nats: %s", type(error).__name__)
+        if "authorization violation" in str(error).lower():
+            self._refused = True
+            self._connecting.cancel()
 
 
 class NatsSubscription:
     """Messages of one subject; iterate while its block is open."""
 
-    def __init__(self, receive: MemoryObjectReceiveStream[BusMessage]) -> None:
+    def __init__(self, subject: str, capacity: int) -> None:
+        self.subject = subject
         self.dropped = 0
-        self._receive = receive
+        self._send, self._receive = anyio.create_memory_object_stream[BusMessage](capacity)
 
     def __aiter__(self) -> Self:
         return self
@@ -189,16 +222,39 @@ class NatsSubscription:
         except (anyio.EndOfStream, anyio.ClosedResourceError):
             raise StopAsyncIteration from None
 
+    async def deliver(self, message: Msg) -> None:
+        """Take a message in, or drop and count it."""
+        try:
+            self._send.send_nowait(
+                BusMessage(subject=message.subject, payload=message.data, headers=dict(message.headers or {}))
+            )
+        except anyio.WouldBlock:
+            self.dropped += 1
+        except anyio.ClosedResourceError:
+            return  # its block was left while this was on its way
+
+    def close(self) -> None:
+        self._send.close()
+        self._receive.close()
+
+
+async def _close(client: Client) -> None:
+    with anyio.move_on_after(CLOSE_TIMEOUT_S):
+        if client.is_connected:
+            try:
+                await client.flush(CLOSE_TIMEOUT_S)
+            except nats.errors.Error:
+                log.info("nats: the last messages may not have been sent")
+        await client.close()
+
 
 async def _unsubscribe(inner: Any) -> None:
+    if inner is None:
+        return
     try:
         await inner.unsubscribe()
     except nats.errors.Error:
         return  # a closed connection has no subscriptions
-
-
-def _message(message: Msg) -> BusMessage:
-    return BusMessage(subject=message.subject, payload=message.data, headers=dict(message.headers or {}))
 
 
 def _shown(url: str) -> str:

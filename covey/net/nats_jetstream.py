@@ -22,7 +22,6 @@ from nats.js.api import (
 
 from covey.errors import InvalidArgument, Unavailable
 from covey.net.bus import BusMessage, Change, KvChange, Record, check_payload, check_subject
-from covey.net.nats_errors import translated
 
 if TYPE_CHECKING:
     from covey.net.nats import NatsBus
@@ -38,12 +37,11 @@ STORAGES: Final = {"memory": StorageType.MEMORY, "file": StorageType.FILE}
 class NatsBucket:
     """A key-value bucket. One in memory is gone after a server restart: the next `put` makes it again."""
 
-    def __init__(self, bus: NatsBus, js: Any, name: str, *, ttl_s: float | None, storage: str) -> None:
+    def __init__(self, bus: NatsBus, name: str, *, ttl_s: float | None, storage: str) -> None:
         if storage not in STORAGES:
             raise InvalidArgument(f"storage is one of {', '.join(STORAGES)}", field="storage")
         check_subject(name)
         self._bus = bus
-        self._js = js
         self._name = name
         self._config = KeyValueConfig(
             bucket=name, ttl=ttl_s, storage=STORAGES[storage], max_bytes=BUCKET_BYTES_MAX, direct=True
@@ -51,9 +49,8 @@ class NatsBucket:
 
     async def ensure(self) -> None:
         """Make the bucket if it is not there."""
-        self._bus.check_connected()
-        with translated():
-            await self._js.create_key_value(self._config)
+        with self._bus.translated() as js:
+            await js.create_key_value(self._config)
 
     async def put(self, key: str, value: bytes) -> int:
         return await self._publish(key, value, {})
@@ -62,10 +59,9 @@ class NatsBucket:
         await self._publish(key, b"", {"KV-Operation": "DEL"})
 
     async def entries(self) -> Mapping[str, bytes]:
-        self._bus.check_connected()
         found: dict[str, bytes] = {}
-        with translated():
-            bucket = await self._js.key_value(self._name)
+        with self._bus.translated() as js:
+            bucket = await js.key_value(self._name)
             watcher = await bucket.watchall(ignore_deletes=True)
             try:
                 with anyio.fail_after(FETCH_TIMEOUT_S):
@@ -92,23 +88,21 @@ class NatsBucket:
     async def _publish(self, key: str, value: bytes, headers: dict[str, str]) -> int:
         check_payload(value)
         check_subject(key)
-        self._bus.check_connected()
         subject = f"$KV.{self._name}.{key}"
-        with translated():
+        with self._bus.translated() as js:
             try:
-                ack = await self._js.publish(subject, value, headers=dict(headers) or None)
+                ack = await js.publish(subject, value, headers=dict(headers) or None)
             except nats.js.errors.NoStreamResponseError:
-                await self._js.create_key_value(self._config)
-                ack = await self._js.publish(subject, value, headers=dict(headers) or None)
+                await js.create_key_value(self._config)
+                ack = await js.publish(subject, value, headers=dict(headers) or None)
         return int(ack.seq)
 
 
 class NatsStream:
     """A journal on disk: what is acknowledged is synced, given the server's `sync_interval: always`."""
 
-    def __init__(self, bus: NatsBus, js: Any, name: str, subjects: tuple[str, ...], *, bytes_max: int) -> None:
+    def __init__(self, bus: NatsBus, name: str, subjects: tuple[str, ...], *, bytes_max: int) -> None:
         self._bus = bus
-        self._js = js
         self._name = name
         self._config = StreamConfig(
             name=name,
@@ -123,35 +117,32 @@ class NatsStream:
 
     async def ensure(self) -> None:
         """Make the stream, or bring an older one's limits up to date."""
-        self._bus.check_connected()
-        with translated():
+        with self._bus.translated() as js:
             try:
-                await self._js.stream_info(self._name)
+                await js.stream_info(self._name)
             except nats.js.errors.NotFoundError:
-                await self._js.add_stream(self._config)
+                await js.add_stream(self._config)
             else:
-                await self._js.update_stream(self._config)
+                await js.update_stream(self._config)
 
     async def append(
         self, subject: str, payload: bytes, *, expected_seq: int | None = None, msg_id: str | None = None
     ) -> int:
         check_payload(payload)
         check_subject(subject)
-        self._bus.check_connected()
         headers: dict[str, str] = {}
         if expected_seq is not None:
             headers["Nats-Expected-Last-Subject-Sequence"] = str(expected_seq)
         if msg_id is not None:
             headers["Nats-Msg-Id"] = msg_id
-        with translated():
-            ack = await self._js.publish(subject, payload, stream=self._name, headers=headers or None)
+        with self._bus.translated() as js:
+            ack = await js.publish(subject, payload, stream=self._name, headers=headers or None)
         return int(ack.seq)
 
     async def read(self, subject_filter: str, from_seq: int = 1) -> AsyncIterator[Record]:
         check_subject(subject_filter, wildcards=True)
-        self._bus.check_connected()
-        with translated():
-            consumer = await self._js.pull_subscribe(subject_filter, stream=self._name, config=_reader(from_seq))
+        with self._bus.translated() as js:
+            consumer = await js.pull_subscribe(subject_filter, stream=self._name, config=_reader(from_seq))
             try:
                 left = (await consumer.consumer_info()).num_pending
                 while left > 0:
@@ -166,9 +157,8 @@ class NatsStream:
 
     async def purge(self, subject: str) -> None:
         check_subject(subject, wildcards=True)
-        self._bus.check_connected()
-        with translated():
-            await self._js.purge_stream(self._name, subject=subject)
+        with self._bus.translated() as js:
+            await js.purge_stream(self._name, subject=subject)
 
 
 def _reader(from_seq: int) -> ConsumerConfig:
