@@ -45,7 +45,7 @@ class Shelf:
         self._cooling: deque[tuple[float, int]] = deque()
         self._changes: list[IndexChange] = []
         self._generation = 0
-        self._held = self._pinned = self._evictions = self._quarantined = 0
+        self._reserved = self._private = self._held = self._pinned = self._evictions = self._quarantined = 0
 
     # -- finding -----------------------------------------------------------------
 
@@ -100,11 +100,14 @@ class Shelf:
         self._spaces[namespace] = space
         space.blocks[name] = block
         self.blocks += 1
+        self._reserved += 1
+        self._private += private
         return block
 
     def seal(self, block: Block, digest: int) -> None:
         """Make a reserved block visible; the caller holds it."""
         block.state, block.digest = BlockState.COMMITTED, digest
+        self._reserved -= 1
 
     def hold(self, block: Block, now: float, *, pin: bool) -> None:
         """Keep a block for one more lease."""
@@ -133,6 +136,7 @@ class Shelf:
     def discard(self, block: Block, *, cool_until: float | None) -> None:
         """Drop a reservation; its slot rests until `cool_until`, in case its writer still writes."""
         block.state = BlockState.GONE
+        self._reserved -= 1
         self._unlink(block)
         if cool_until is None:
             self.arena.free(block.offset)
@@ -191,18 +195,17 @@ class Shelf:
             yield from space.blocks.values()
 
     def stats(self, *, leases: int, hits: int, misses: int) -> StoreStats:
-        """Count what is there."""
-        states = [block.state for block in self.every()]
+        """Count what is there; reads counters only, so another thread may call it."""
         return StoreStats(
-            blocks=states.count(BlockState.COMMITTED),
+            blocks=self.blocks - self._reserved,
             used_bytes=self.arena.used_bytes,
             capacity_bytes=self.arena.capacity_bytes,
             leases=leases,
             leased_blocks=self._held,
             pinned_blocks=self._pinned,
             pinned_bytes=self.pinned_bytes,
-            reserved_blocks=states.count(BlockState.RESERVED),
-            private_blocks=sum(block.private for block in self.every()),
+            reserved_blocks=self._reserved,
+            private_blocks=self._private,
             hits=hits,
             misses=misses,
             evictions=self._evictions,
@@ -214,6 +217,8 @@ class Shelf:
         self.arena.check()
         blocks = list(self.every())
         assert len(blocks) == self.blocks <= self._blocks_max
+        assert self._reserved == sum(block.state is BlockState.RESERVED for block in blocks)
+        assert self._private == sum(block.private for block in blocks)
         children: dict[Block, int] = {}
         for block in blocks:
             assert self._spaces[block.namespace].blocks[block.hash] is block
@@ -300,6 +305,7 @@ class Shelf:
         if not space.blocks:
             del self._spaces[block.namespace]
         self.blocks -= 1
+        self._private -= block.private
         parent = block.parent
         if parent is not None:
             parent.children -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -55,7 +56,7 @@ def keys(chain: list[BlockHash], start: int, stop: int) -> tuple[BlockKey, ...]:
     return tuple(BlockKey(hash=chain[i], parent=chain[i - 1] if i else BlockHash(b"")) for i in range(start, stop))
 
 
-def make(capacity: int = 16 * 4096 * 8, **limits: float) -> StoreIndex:
+def make(capacity: int = 16 * 4096 * 8, **limits: Any) -> StoreIndex:
     return StoreIndex(arena=Arena(capacity), epoch=7, name="s", limits=StoreLimits(**limits))
 
 

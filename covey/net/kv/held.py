@@ -1,0 +1,98 @@
+"""A lease on blocks of one node, as its holder keeps it."""
+
+from __future__ import annotations
+
+import anyio
+
+from covey.clock import Clock
+from covey.codec.methods import KvStore
+from covey.errors import CoveyError, Fenced, LeaseExpired
+from covey.net.kv.node import Node
+from covey.types.ids import BlockHash
+from covey.types.kv import BlockLocation, LeaseGrant, LeaseRequest, RenewRequest
+from covey.types.store import StoreKey
+
+RELEASE_TIMEOUT_S = 1.0
+
+
+class StoreHeld:
+    """Blocks under one lease. `asked_at` is a moment before the grant, so that our deadline is never late."""
+
+    def __init__(
+        self,
+        *,
+        node: Node,
+        key: StoreKey,
+        grant: LeaseGrant,
+        asked_at: float,
+        clock: Clock,
+        hashes: tuple[BlockHash, ...],
+        locations: tuple[BlockLocation, ...] = (),
+    ) -> None:
+        self.node = node
+        self.key = key
+        self.grant = grant
+        self.locations = locations
+        self._hashes = hashes
+        self._clock = clock
+        self._ends_at = asked_at + grant.ttl_s
+        self._progress = 0
+        self._released = False
+
+    @property
+    def hashes(self) -> tuple[BlockHash, ...]:
+        return self._hashes
+
+    def check(self) -> None:
+        """Raise `LeaseExpired` if the lease may have ended: what was read under it then proves nothing."""
+        if self._released or self._clock.now() >= self._ends_at:
+            raise LeaseExpired("the lease on these blocks has ended; look them up again", field="lease")
+
+    async def advance(self, blocks: int) -> None:
+        """Report progress; past half of its time the lease is renewed by it. Raises `LeaseExpired`."""
+        self.check()
+        self._progress += blocks
+        if self._ends_at - self._clock.now() > self.grant.ttl_s / 2:
+            return
+        request = RenewRequest(
+            lease=self.grant.lease, epoch=self.grant.epoch, done=self._progress, ttl_s=self.grant.ttl_s
+        )
+        asked_at = self._clock.now()
+        try:
+            renewed = await self.node.call(KvStore.RENEW, request)
+        except (LeaseExpired, Fenced) as error:
+            raise LeaseExpired("the lease on these blocks has ended; look them up again", field="lease") from error
+        except CoveyError:
+            self.check()  # the node does not answer: what is left of the lease still counts
+            return
+        self._ends_at = max(self._ends_at, asked_at + renewed.ttl_s)
+
+    async def release(self) -> None:
+        """Give the lease back; safe to call twice, and in a cancelled scope; never raises for a node that is gone."""
+        if self._released:
+            return
+        self._released = True
+        with anyio.CancelScope(shield=True):
+            await release(self.node, self.grant)
+
+
+async def release(node: Node, grant: LeaseGrant) -> None:
+    """End a lease at its node; if the node does not answer the lease ends by itself."""
+    request = LeaseRequest(lease=grant.lease, epoch=grant.epoch)
+    try:
+        await node.channel.call(KvStore.RELEASE, request, timeout_s=RELEASE_TIMEOUT_S)
+    except CoveyError:
+        return
+
+
+class NothingHeld:
+    """What a look-up without a hit returns."""
+
+    __slots__ = ()
+
+    @property
+    def hashes(self) -> tuple[BlockHash, ...]:
+        return ()
+
+    async def release(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,117 @@
+"""Another process's arena, mapped: blocks are read and written in place, without a copy through the service."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+
+from covey.errors import DataCorrupt, Unavailable
+from covey.net.kv.copying import copy_in, copy_out, digest
+from covey.policy.slot import SlotHeader, SlotState, header_bytes, payload_offset, slot_bytes
+from covey.types.ids import NamespaceId
+from covey.types.kv import BlockLocation, BlockShape, StoreInfo
+
+
+class ArenaMapping:
+    """A store's arena in this process: one read-only mapping, and a writable one made at the first write."""
+
+    def __init__(self, path: str, size_bytes: int) -> None:
+        self._path = path
+        self._size_bytes = size_bytes
+        self._read = _map(path, size_bytes, mmap.PROT_READ)
+        self._write: mmap.mmap | None = None
+
+    @classmethod
+    def open(cls, info: StoreInfo, boot_id: str) -> ArenaMapping | None:
+        """Map the arena if the store runs on this host and its files can be opened here; else None.
+
+        The boot ids must agree and the probe file must hold the store's nonce: another container of this
+        host may have a file of the same name.
+        """
+        if info.boot_id != boot_id:
+            return None
+        try:
+            if _read_probe(info.probe_path) != info.probe_nonce:
+                return None
+            return cls(info.arena_path, info.arena_bytes)
+        except (OSError, ValueError):
+            return None
+
+    def read(self, location: BlockLocation, namespace: NamespaceId, shape: BlockShape, into: memoryview) -> None:
+        """Copy a block out and verify the copy; then see that the slot still is the one that was leased.
+
+        Raises:
+            DataCorrupt: header, checksum or generation do not fit; the message says which.
+        """
+        with memoryview(self._read) as arena:
+            end = location.offset + slot_bytes(shape)
+            if location.offset < 0 or end > self._size_bytes:
+                raise DataCorrupt("the slot lies outside the arena")
+            with arena[location.offset : end] as slot:
+                data = bytes(slot[: header_bytes(shape)])
+                header = checked_header(data, location, namespace, shape)
+                start = payload_offset(shape)
+                if not copy_out(slot[start : start + shape.size_bytes], into, shape, header.checksums):
+                    raise DataCorrupt("a layer does not have its checksum")
+                if bytes(slot[: header_bytes(shape)]) != data:
+                    raise DataCorrupt("the slot was used again during the copy")
+
+    def write(self, offset: int, shape: BlockShape, source: memoryview) -> tuple[int, ...]:
+        """Copy a block into a granted slot's payload; return its checksums, for the commit."""
+        if self._write is None:
+            self._write = _map(self._path, self._size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        start = offset + payload_offset(shape)
+        if offset < 0 or start + shape.size_bytes > self._size_bytes:
+            raise Unavailable("the store granted a slot outside its arena")
+        with memoryview(self._write) as arena, arena[start : start + shape.size_bytes] as slot:
+            return copy_in(slot, source, shape)
+
+    def close(self) -> None:
+        """Unmap; call when no copy runs."""
+        self._read.close()
+        if self._write is not None:
+            self._write.close()
+
+
+def checked_header(data: bytes, location: BlockLocation, namespace: NamespaceId, shape: BlockShape) -> SlotHeader:
+    """Return the header if it is exactly the one that the index vouches for. Raises `DataCorrupt`."""
+    if digest(data) != location.digest:
+        raise DataCorrupt("the header of a block is damaged")
+    header = SlotHeader.unpack(data)
+    expected = (SlotState.COMMITTED, location.generation, namespace, location.hash, shape)
+    if (header.state, header.generation, header.namespace, header.hash, header.shape) != expected:
+        raise DataCorrupt("the slot holds another block")
+    return header
+
+
+def rebuilt_header(
+    location: BlockLocation, namespace: NamespaceId, shape: BlockShape, checksums: Sequence[int]
+) -> bytes:
+    """Return the bytes that a committed slot's header must have if its block has these checksums."""
+    return SlotHeader(
+        state=SlotState.COMMITTED,
+        generation=location.generation,
+        namespace=namespace,
+        hash=location.hash,
+        shape=shape,
+        checksums=tuple(checksums),
+    ).pack()
+
+
+def _map(path: str, size_bytes: int, protection: int) -> mmap.mmap:
+    writable = bool(protection & mmap.PROT_WRITE)
+    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, protection)
+    finally:
+        os.close(fd)
+
+
+def _read_probe(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        with mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as probe:
+            return bytes(probe[:128]).decode("ascii", "replace")
+    finally:
+        os.close(fd)

@@ -1,0 +1,105 @@
+"""One node of the store as a client sees it: its address, its arena if it is on this host, and its health."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import anyio
+from anyio import to_thread
+
+from covey.clock import Clock
+from covey.codec.methods import KvStore, Unary
+from covey.errors import CoveyError, DeadlineExceeded, Unavailable
+from covey.net.channels import Channel
+from covey.net.kv.mapping import ArenaMapping
+from covey.retry import Breaker
+from covey.types.common import Empty
+from covey.types.ids import WorkerId
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+OPEN_S = 0.5
+"""How long a node that did not answer is left alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreNode:
+    """Where a node is; `capacity_bytes` weighs its share of chains. A draining one is read and not written."""
+
+    worker: WorkerId
+    address: str
+    capacity_bytes: int
+    draining: bool = False
+
+
+class ChannelSource(Protocol):
+    """Where channels come from: `covey.net.rpc.Channels`."""
+
+    def to(self, address: str) -> Channel: ...
+
+
+class Node:
+    """Calls to one node and the mapping of its arena."""
+
+    def __init__(
+        self, where: StoreNode, channels: ChannelSource, clock: Clock, *, boot_id: str, timeout_s: float
+    ) -> None:
+        """An empty `boot_id` never maps arenas."""
+        self.where = where
+        self._channels = channels
+        self._clock = clock
+        self._boot_id = boot_id
+        self._timeout_s = timeout_s
+        self._breaker = Breaker(failures=1, open_s=OPEN_S)
+        self._mapping: ArenaMapping | None = None
+        self._mapped_epoch: int | None = None
+        self._mapping_lock = anyio.Lock()
+
+    @property
+    def channel(self) -> Channel:
+        """The channel to the node. Raises `Overloaded` when too many are busy."""
+        return self._channels.to(self.where.address)
+
+    async def enter(self, method: Unary[Q, R], request: Q) -> R:
+        """Make the first call of an operation; a node that just failed is not asked again for a moment.
+
+        Raises:
+            Unavailable: the node is gone or silent. Other errors are its answers.
+        """
+        attempt = self._breaker.attempt(self._clock.now())
+        if attempt is None:
+            raise Unavailable(f"kvstore {self.where.worker} did not answer a moment ago")
+        try:
+            reply = await self.channel.call(method, request, timeout_s=self._timeout_s)
+        except (Unavailable, DeadlineExceeded) as error:
+            self._breaker.fail(attempt, self._clock.now())
+            raise Unavailable(f"kvstore {self.where.worker} does not answer") from error
+        except CoveyError:
+            self._breaker.succeed(attempt)
+            raise
+        except BaseException:
+            self._breaker.cancel(attempt)
+            raise
+        self._breaker.succeed(attempt)
+        return reply
+
+    async def call(self, method: Unary[Q, R], request: Q) -> R:
+        """Make a later call of an operation. Raises `Unavailable` for a silent node, or what it answers."""
+        try:
+            return await self.channel.call(method, request, timeout_s=self._timeout_s)
+        except DeadlineExceeded as error:
+            raise Unavailable(f"kvstore {self.where.worker} does not answer") from error
+
+    async def mapping(self, epoch: int) -> ArenaMapping | None:
+        """Return the arena of the node's life `epoch` if it can be mapped here; another life has another file."""
+        if not self._boot_id:
+            return None
+        async with self._mapping_lock:
+            if self._mapped_epoch != epoch:
+                info = await self.call(KvStore.INFO, Empty())
+                # Replaced, not closed: copies out of the old one may still run, and the last of them unmaps it.
+                self._mapping = await to_thread.run_sync(ArenaMapping.open, info, self._boot_id)
+                self._mapped_epoch = epoch
+            return self._mapping

@@ -1,0 +1,70 @@
+"""What happened to the blocks of this store, numbered without gaps; watchers read it at their own pace."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import anyio
+
+from covey.policy.shelf import IndexChange
+from covey.types.ids import WorkerId
+from covey.types.kv import KvEvent
+
+SCHEMA = 1
+EVENT_HASHES_MAX = 4096
+"""Keeps an event far below what NATS carries."""
+
+
+class EventLog:
+    """The last `kept` events. A watcher that lags further behind starts again from a snapshot."""
+
+    def __init__(self, *, worker: WorkerId, epoch: int, kept: int) -> None:
+        self.worker = worker
+        self.epoch = epoch
+        self.seq = 0
+        self.closed = False
+        self._events: deque[KvEvent] = deque(maxlen=kept)
+        self._changed = anyio.Event()
+
+    def append(self, changes: Iterable[IndexChange]) -> None:
+        """Number changes and wake the watchers."""
+        for change in changes:
+            for start in range(0, len(change.hashes), EVENT_HASHES_MAX):
+                self.seq += 1
+                self._events.append(
+                    KvEvent(
+                        epoch=self.epoch,
+                        seq=self.seq,
+                        schema=SCHEMA,
+                        worker=self.worker,
+                        kind=change.kind,
+                        namespace=change.namespace,
+                        hashes=change.hashes[start : start + EVENT_HASHES_MAX],
+                    )
+                )
+        self._wake()
+
+    def can_follow(self, epoch: int, seq: int) -> bool:
+        """Whether all events after `seq` are still here."""
+        first = self._events[0].seq if self._events else self.seq + 1
+        return epoch == self.epoch and first - 1 <= seq <= self.seq
+
+    def after(self, seq: int) -> Iterator[KvEvent]:
+        """Yield the kept events after `seq`, as of now."""
+        newest = [event for event in reversed(self._events) if event.seq > seq] if seq < self.seq else []
+        return reversed(newest)
+
+    async def changed(self, seq: int) -> None:
+        """Wait until there is an event after `seq` or the log is closed."""
+        while self.seq <= seq and not self.closed:
+            await self._changed.wait()
+
+    def close(self) -> None:
+        """End all watches: the store is stopping."""
+        self.closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
