@@ -11,7 +11,7 @@ import anyio
 from anyio import to_thread
 
 from covey.clock import Clock
-from covey.errors import DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unavailable
+from covey.errors import CoveyError, InvalidArgument, NotFound
 from covey.policy.reuse import CategoryPolicy, ReuseDecision, ReuseMode, ReusePolicy, ReuseView
 from covey.types.generate import FinishReason
 from covey.types.program import CacheOutcome
@@ -188,6 +188,8 @@ class AnswerCache:
         doomed = [entry for entry in matching if request.entry in ("", entry.id)]
         for entry in doomed:
             self._store.remove(entry)
+        if not (request.model or request.category or request.entry):
+            self._embedder.forget(request.tenant)
         self._metrics.removed(len(doomed), "invalidated")
         return InvalidateReply(removed=len(doomed))
 
@@ -262,9 +264,9 @@ class AnswerCache:
         try:
             budget_s = min(self._limits.encode_s, 0.8 * timeout_s)
             encoded = await self._embedder.one(query.tenant, query.text, timeout_s=budget_s)
-        except (DeadlineExceeded, Unavailable, Overloaded) as error:
+        except CoveyError as error:  # the request goes on without the cache, whatever ails the encoder
             self._metrics.unencoded("late")
-            return Placed(category=named.name, why=f"the encoder did not answer in time: {error.message}")
+            return Placed(category=named.name, why=f"the encoder gave no vector: {error.message}")
         if encoded.vector is None:
             self._metrics.unencoded("too_long")
             return Placed(category=named.name, why=f"the text of {encoded.tokens} tokens is too long for the encoder")

@@ -64,6 +64,7 @@ class Encoder:
         self._thread = anyio.CapacityLimiter(1)
 
     async def run(self, inbox: Inbox[Encode]) -> None:
+        self._status.phase = Phase.LOADING
         async with anyio.create_task_group() as tg:
             loaded: list[EncoderModel] = []
             done = anyio.Event()
@@ -142,11 +143,17 @@ class Embedder:
             self._memo.popitem(last=False)
         return encoded
 
+    def forget(self, tenant: TenantId) -> None:
+        """Drop every text of a tenant from the memo."""
+        for key in [key for key in self._memo if key[0] == tenant]:
+            del self._memo[key]
+
     async def many(self, texts: Sequence[str], *, timeout_s: float) -> tuple[Encoded, ...]:
         """Encode texts, waiting for the model and for earlier work up to `timeout_s`.
 
         Raises:
             Unavailable: the model is not loaded in time, or cannot be; with a hint when to try again.
+            ActorCrashed: the model failed on these texts.
             DeadlineExceeded: it is loaded, but busy for longer.
         """
         if self._status.phase is Phase.FAILED:

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+from structlog.typing import FilteringBoundLogger
 
-from covey.actor import supervise
+from covey.actor import Restart, supervise
 from covey.policy.reuse import ReusePolicy
 from covey.runtime import Runtime
 from covey.types.generate import Role
@@ -37,13 +38,14 @@ async def serve(config: Config, rt: Runtime) -> None:
         size_bytes_max=config.size_bytes_max,
         tail_max=config.exact_search_max,
     )
-    async with rt.bus() as bus, supervise(grace_s=config.drain_s) as supervisor:
+    async with rt.bus() as bus, supervise(grace_s=config.drain_s, on_crash=partial(log_crash, rt.log)) as supervisor:
         encoder = supervisor.start(
             lambda: Encoder(
                 partial(load_model, config, folder), status, batch_max=config.encode_batch, clock=rt.clock, log=rt.log
             ),
             name="encoder",
             capacity=config.encoder_queue,
+            restart=Restart(),
         )
         embedder = Embedder(encoder, status, memo_max=config.memo_max)
         cache = AnswerCache(
@@ -79,6 +81,11 @@ async def serve(config: Config, rt: Runtime) -> None:
                 await rt.ready()
                 await rt.until_stopped()
             tg.cancel_scope.cancel()
+
+
+def log_crash(log: FilteringBoundLogger, name: str, error: Exception, restarting: bool) -> None:
+    """Log that an actor failed: the kind of error only, its message might quote a text."""
+    log.error("actor crashed", actor=name, error=type(error).__name__, restarting=restarting)
 
 
 def load_model(config: Config, folder: Path) -> SentenceModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from covey.codec.methods import SemCache
-from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound
+from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound, PayloadTooLarge
 from covey.net.rpc import Call, Handlers
 from covey.types.common import Empty
 from covey.types.program import EmbedReply, EmbedRequest, Vector
@@ -25,6 +25,8 @@ from .minilm import Encoded
 
 REPLY_SHARE = 0.9
 """Part of a caller's remaining time that is spent before the answer, so that a typed one still arrives."""
+INPUTS_MAX = 1024
+"""Texts of one Embed call: more vectors would not fit into one message."""
 
 
 class SemCacheServicer:
@@ -76,6 +78,7 @@ class SemCacheServicer:
         Raises:
             NotFound: another model than the encoder of this service.
             InvalidArgument: no inputs, or an empty one.
+            PayloadTooLarge: more than `INPUTS_MAX` inputs.
             ContextLengthExceeded: an input is longer than the encoder reads; nothing is cut off.
             Unavailable: the encoder is not loaded in time; with a hint when to try again.
         """
@@ -83,6 +86,8 @@ class SemCacheServicer:
             raise NotFound(f"the embedding model of this mesh is {self._model}", field="model")
         if not request.inputs:
             raise InvalidArgument("give at least one text", field="input")
+        if len(request.inputs) > INPUTS_MAX:
+            raise PayloadTooLarge(f"at most {INPUTS_MAX} texts are embedded in one call; split them", field="input")
         for index, text in enumerate(request.inputs):
             if not text:
                 raise InvalidArgument("a text to embed must not be empty", field=f"input[{index}]")

@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 from anyio import to_thread
 
-from covey.actor import supervise
+from covey.actor import Restart, supervise
 from covey.clock import Clock
 from covey.policy.reuse import ReuseMode, ReusePolicy
 from covey.telemetry import Metrics
@@ -90,6 +90,7 @@ async def running_cache(
             lambda: Encoder(load, status, batch_max=config.encode_batch, clock=clock, log=log),
             name="encoder",
             capacity=config.encoder_queue,
+            restart=Restart(),
         )
         embedder = Embedder(encoder, status, memo_max=config.memo_max)
         cache = AnswerCache(

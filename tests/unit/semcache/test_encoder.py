@@ -14,6 +14,7 @@ from covey.errors import InvalidArgument, Unavailable
 from covey.net.rpc import Call
 from covey.testing import VirtualClock, assert_eventually
 from covey.types.program import CacheOutcome, EmbedRequest
+from covey.types.semcache import InvalidateRequest
 from services.semcache import minilm
 from services.semcache.minilm import PACKAGED, Encoded, EncoderModel, SentenceModel, find_model, verify
 from tests.support.semcache import ACME, BagOfWords, offer, query, running_cache
@@ -104,6 +105,19 @@ async def test_a_late_encoder_is_a_miss_within_the_look_ups_share(clock: Virtual
             slow.hold.set()
 
 
+async def test_a_text_that_breaks_the_model_costs_one_miss_and_the_encoder_comes_back(clock: VirtualClock) -> None:
+    class Touchy(BagOfWords):
+        def encode(self, texts: Sequence[str]) -> list[Encoded]:
+            if "poison" in texts:
+                raise RuntimeError("boom")
+            return super().encode(texts)
+
+    async with running_cache(clock, load=Touchy) as parts:
+        assert (await parts.cache.lookup(query("poison", exact=b"k"), timeout_s=5.0)).outcome is CacheOutcome.MISS
+        assert (await parts.embedder.many(("fine",), timeout_s=5.0))[0].vector is not None
+        await assert_eventually(lambda: parts.embedder.ready)
+
+
 async def test_texts_are_encoded_once_a_tenant(clock: VirtualClock) -> None:
     seen: list[str] = []
 
@@ -119,6 +133,9 @@ async def test_texts_are_encoded_once_a_tenant(clock: VirtualClock) -> None:
         assert seen == ["hi"]
         await parts.cache.lookup(query("hi", tenant="rival"), timeout_s=1.0)  # type: ignore[arg-type]
         assert seen == ["hi", "hi"]
+        parts.cache.invalidate(InvalidateRequest(tenant=ACME))
+        await parts.cache.lookup(query("hi"), timeout_s=1.0)
+        assert seen == ["hi", "hi", "hi"]
 
 
 async def test_asks_that_wait_are_encoded_together_and_answered_apart(clock: VirtualClock) -> None:

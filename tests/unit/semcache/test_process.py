@@ -33,11 +33,6 @@ READY_S = 15.0
 LOADED_S = 60.0
 
 
-@pytest.fixture(autouse=True)
-def _no_blocking() -> None:
-    """Everything here is a process of its own; only starting it touches files."""
-
-
 @asynccontextmanager
 async def running_service(run_dir: Path, nats: EmbeddedNats, *flags: str) -> AsyncIterator[Process]:
     """Start the service and wait for its readiness byte; on leaving kill it if it still runs."""

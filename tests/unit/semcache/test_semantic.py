@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound, PayloadTooLarge
 from covey.policy.reuse import ReuseMode
 from covey.testing import VirtualClock
 from covey.types.program import CacheOutcome, EmbedRequest
@@ -90,8 +91,6 @@ async def test_examples_classify_what_names_no_category(clock: VirtualClock, sen
 async def test_embed_counts_tokens_and_refuses_what_it_would_cut(
     clock: VirtualClock, sentence_model: SentenceModel
 ) -> None:
-    from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound
-
     async with running_cache(clock, FAQ, load=lambda: sentence_model) as parts:
         inputs = tuple(f"text number {number}" for number in range(20))
         reply = await parts.servicer.embed(EmbedRequest(model=PACKAGED, inputs=inputs), call(60))
@@ -101,6 +100,7 @@ async def test_embed_counts_tokens_and_refuses_what_it_would_cut(
         for request, error, field in (
             (EmbedRequest(model=PACKAGED, inputs=("fine", "word " * 300)), ContextLengthExceeded, "input[1]"),
             (EmbedRequest(model=PACKAGED, inputs=("x" * 100_000,)), ContextLengthExceeded, "input[0]"),
+            (EmbedRequest(model=PACKAGED, inputs=("x",) * 1025), PayloadTooLarge, "input"),
             (EmbedRequest(model=PACKAGED, inputs=("",)), InvalidArgument, "input[0]"),
             (EmbedRequest(model=PACKAGED, inputs=()), InvalidArgument, "input"),
             (EmbedRequest(model="gpt", inputs=("x",)), NotFound, "model"),
