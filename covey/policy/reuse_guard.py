@@ -39,9 +39,9 @@ _OPPOSITES = tuple(
 _DIRECTIONAL = frozenset(_split("than from into versus vs before after over under instead"))
 _FUNCTION_WORDS = frozenset(
     _split(
-        "a an the is are was were be been do does did can could will would shall should may might must have has had i you "
-        "he she it we they me my your his her its our their this that these those what which who whom whose when where why "
-        "how of in on at by for with about as and or if then there so to please tell"
+        "a an the is are was were be been do does did can could will would shall should may might must have has had "
+        "i you he she it we they me my your his her its our their this that these those what which who whom whose when "
+        "where why how of in on at by for with about as and or if then there so to please tell"
     )
 )
 

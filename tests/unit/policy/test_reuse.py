@@ -74,8 +74,8 @@ def test_what_is_served_passed_every_condition(policy: CategoryPolicy, view: Reu
 def test_no_better_candidate_is_passed_over_without_a_reason(view: ReuseView, now: float) -> None:
     policy = CategoryPolicy(name="general", mode=ReuseMode.SEMANTIC, tau=0.5, ttl_s=1e9, guard=False)
     decision = ReusePolicy([policy]).choose(view, now)
-    oldest = now - view.max_age_s if view.max_age_s else 0.0
-    fit = [c for c in view.nearest if c.similarity >= 0.5 and c.stored_at >= oldest]
+    oldest_s = view.max_age_s or 1e9
+    fit = [c for c in view.nearest if c.similarity >= 0.5 and now - c.stored_at <= oldest_s]
     if decision.outcome is CacheOutcome.SEMANTIC:
         assert decision.similarity == max(c.similarity for c in fit)
     elif decision.outcome is CacheOutcome.MISS and view.searched_semantic:
