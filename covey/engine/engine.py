@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -70,7 +70,7 @@ class Engine:
         """How busy it is, as of the actor's last turn."""
         return self.board.load
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Run a request; the last event is the one terminal event. Closing the iterator cancels the request.
 
         Something comes at least every `progress_s`, unless a step is stuck: then silence tells the watchdog.

@@ -6,10 +6,11 @@ from covey import failpoint
 from covey.types.generate import Role, Stage
 from covey.types.ids import WorkerId
 
+from .chain import Stretch
 from .holdings import Holdings
 from .migration import tail_of
 from .sequence import Sequence
-from .transfer import Fetched, Transfers
+from .transfer import Transfers
 
 
 class Loader:
@@ -31,37 +32,35 @@ class Loader:
         return len(seq.blocks) < self._holdings.reusable(seq) or seq.handed_over > seq.computed
 
     async def load(self, seq: Sequence) -> None:
-        """Load full blocks along the chain, then, if a ticket names one, the unfinished block after them."""
+        """Load along the chain, and, if a ticket names one, the unfinished block at its end."""
         assert self._transfers is not None
-        first, end = len(seq.blocks), self._holdings.reusable(seq)
-        owner = f"{self._worker}/{seq.id}"
-        self._holdings.cover(seq, end * self._block_size)
-        if end > first:
-            seq.show(Stage.LOOKUP)
-            stretches = tuple(seq.chain.stretches(first, end))
-            tenant, blocks = seq.request.tenant, seq.blocks[first:end]
-            fetched = await self._transfers.fetch(tenant, stretches, blocks, owner=owner)
-            self._book(seq, fetched, seq.computed + fetched.blocks * self._block_size)
-            seq.stored = seq.computed // self._block_size
-        await self._load_tail(seq, owner)
+        seq.show(Stage.LOOKUP)
+        first, size = len(seq.blocks), self._block_size
+        stretches, end, tail_len = self._wanted(seq)
+        self._holdings.cover(seq, end * size + tail_len)
+        fetched = await self._transfers.fetch(
+            seq.request.tenant, stretches, seq.blocks[first:], skip=first, owner=f"{self._worker}/{seq.id}"
+        )
+        good = first + fetched.blocks
+        seq.lookup_s, seq.transfer_s, seq.blocks_moved = fetched.lookup_s, fetched.transfer_s, fetched.blocks
+        seq.stored = min(good, end)
+        seq.computed = end * size + tail_len if good > end else good * size
         seq.loaded_tokens = seq.computed - seq.cached_tokens
         await failpoint.hit_async(self._failpoint)
 
-    async def _load_tail(self, seq: Sequence, owner: str) -> None:
-        assert self._transfers is not None
-        index = seq.handed_over // self._block_size
-        if seq.computed != index * self._block_size or seq.handed_over >= len(seq.tokens):
-            return  # a block before it is missing, or there is no ticket
+    def _wanted(self, seq: Sequence) -> tuple[list[Stretch], int, int]:
+        """The chain to look up from its start, its full blocks, and the tokens of the unfinished block after them."""
+        end = self._holdings.reusable(seq)
+        if not 0 < seq.handed_over < len(seq.tokens):
+            return list(seq.chain.stretches(0, end)), end, 0
+        end = max(seq.handed_over // self._block_size, len(seq.blocks))
+        stretches = list(seq.chain.stretches(0, end))
         tail = tail_of(seq, seq.handed_over, self._block_size)
-        if tail is not None:
-            seq.show(Stage.TRANSFER)
-            self._holdings.cover(seq, seq.handed_over)
-            fetched = await self._transfers.fetch_tail(tail, seq.blocks[index], owner=owner)
-            self._book(seq, fetched, seq.handed_over if fetched.blocks else seq.computed)
-
-    @staticmethod
-    def _book(seq: Sequence, fetched: Fetched, computed: int) -> None:
-        seq.lookup_s += fetched.lookup_s
-        seq.transfer_s += fetched.transfer_s
-        seq.blocks_moved += fetched.blocks
-        seq.computed = computed
+        if tail is None or end > seq.handed_over // self._block_size:
+            return stretches, end, 0
+        last = stretches[-1] if stretches else None
+        if last is not None and tail.key.parent:
+            stretches[-1] = Stretch(namespace=last.namespace, first=last.first, keys=(*last.keys, tail.key))
+        else:
+            stretches.append(Stretch(namespace=tail.namespace, first=end, keys=(tail.key,)))
+        return stretches, end, seq.handed_over - end * self._block_size

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from covey.clock import Clock
 from covey.errors import CoveyError, FailedPrecondition, NotFound, Overloaded
-from covey.policy.blocks import BlockPool
+from covey.policy.blocks import BlockPool, CacheKey
 from covey.types.generate import AdoptReply, HandoverTicket, TailBlock
 from covey.types.ids import LeaseId, RequestId, WorkerId
 from covey.types.kv import BlockKey
@@ -119,9 +119,8 @@ class Migration:
             self._pool.reserve(missing)
             first = len(held)
             held += self._pool.take(missing)
-            stretches = _stretches(ticket, first)
             tenant, owner = ask.request.tenant, f"{self._worker}/adopt"
-            fetched = await transfers.fetch(tenant, stretches, held[first:], owner=owner)
+            fetched = await transfers.fetch(tenant, _stretches(names), held[first:], skip=first, owner=owner)
             good = first + fetched.blocks
             for index, parent in list(enumerate(parents(names)))[first:good]:
                 held[index] = self._pool.name(held[index], names[index], parent)
@@ -155,13 +154,11 @@ def tail_of(seq: Sequence, covered: int, block_size: int) -> Tail | None:
     return Tail(tenant=seq.request.tenant, namespace=namespace, key=key)
 
 
-def _stretches(ticket: HandoverTicket, first: int) -> Items[Stretch]:
-    names = list(enumerate(named_by(ticket)))[first:]
-    return tuple(
-        Stretch(
-            namespace=namespace,
-            first=first,
-            keys=tuple(BlockKey(hash=name[1]) for _, name in group),
-        )
-        for namespace, group in groupby(names, key=lambda item: item[1][0])
-    )
+def _stretches(names: Items[CacheKey]) -> list[Stretch]:
+    """A ticket's chain, to look up: what a block grows from matters only when it is stored."""
+    numbered = groupby(enumerate(names), key=lambda item: item[1][0])
+    chains = [(namespace, list(group)) for namespace, group in numbered]
+    return [
+        Stretch(namespace=namespace, first=items[0][0], keys=tuple(BlockKey(hash=name[1]) for _, name in items))
+        for namespace, items in chains
+    ]

@@ -11,7 +11,7 @@ import anyio
 from covey.clock import Clock
 from covey.errors import CoveyError, DeadlineExceeded
 from covey.model.plan import Runner
-from covey.types.ids import BlockHash, NamespaceId, TenantId
+from covey.types.ids import NamespaceId, TenantId
 from covey.types.kv import BlockKey, BlockShape
 from covey.types.store import BlockStore, Held, StoreKey
 
@@ -54,17 +54,22 @@ class Transfers:
         self._shape = BlockShape(size_bytes=runner.info.block_bytes, layers=runner.info.n_layers)
 
     async def fetch(
-        self, tenant: TenantId, stretches: Sequence[Stretch], blocks: Sequence[int], *, owner: str
+        self, tenant: TenantId, stretches: Sequence[Stretch], blocks: Sequence[int], *, skip: int, owner: str
     ) -> Fetched:
-        """Load the longest stored prefix of the stretches into `blocks`, in order."""
+        """Load the longest stored prefix of a chain, after its first `skip` blocks, into `blocks`, in order.
+
+        `stretches` begin with the chain's first block: the store finds the rest of a chain by its start.
+        """
         good, lookup_s, transfer_s = 0, 0.0, 0.0
         with anyio.move_on_after(self._timeout_s):
             for stretch in stretches:
-                key = StoreKey(tenant=tenant, namespace=stretch.namespace, shape=self._shape)
-                hashes = [name.hash for name in stretch.keys]
+                known = min(skip, len(stretch.keys))
+                skip -= known
+                if known == len(stretch.keys):
+                    continue
                 began = self._clock.now()
                 try:
-                    async with self._looked_up(key, hashes, owner) as held:
+                    async with self._leased(tenant, stretch, known, owner) as held:
                         found = self._clock.now()
                         lookup_s += found - began
                         count = await self._load(held, blocks[good : good + len(held.hashes)])
@@ -72,14 +77,9 @@ class Transfers:
                 except CoveyError:
                     break
                 good += count
-                if count < len(hashes):
+                if known + count < len(stretch.keys):
                     break
         return Fetched(blocks=good, lookup_s=lookup_s, transfer_s=transfer_s)
-
-    async def fetch_tail(self, tail: Tail, block: int, *, owner: str) -> Fetched:
-        """Load the unfinished block of a handed-over request."""
-        stretch = Stretch(namespace=tail.namespace, first=0, keys=(tail.key,))
-        return await self.fetch(tail.tenant, (stretch,), (block,), owner=owner)
 
     async def put(
         self, tenant: TenantId, stretches: Sequence[Stretch], blocks: Sequence[int], *, owner: str, ttl_s: float
@@ -122,12 +122,18 @@ class Transfers:
                 await held.release()
 
     @asynccontextmanager
-    async def _looked_up(self, key: StoreKey, hashes: Sequence[BlockHash], owner: str) -> AsyncIterator[Held]:
-        held = await self._store.lookup(key, hashes, owner=owner, ttl_s=2 * self._timeout_s)
+    async def _leased(self, tenant: TenantId, stretch: Stretch, known: int, owner: str) -> AsyncIterator[Held]:
+        """Lease what is stored of a stretch after its first `known` blocks."""
+        key = StoreKey(tenant=tenant, namespace=stretch.namespace, shape=self._shape)
+        hashes = [name.hash for name in stretch.keys]
+        leases = [await self._store.lookup(key, hashes, owner=owner, ttl_s=2 * self._timeout_s)]
         try:
-            yield held
+            if known:
+                wanted = leases[0].hashes[known:]
+                leases.append(await self._store.lookup(key, wanted, owner=owner, ttl_s=2 * self._timeout_s))
+            yield leases[-1]
         finally:
-            await self.release((held,))
+            await self.release(leases)
 
     async def _load(self, held: Held, blocks: Sequence[int]) -> int:
         if not held.hashes:

@@ -16,6 +16,7 @@ from covey.engine.limits import EngineLimits
 from covey.engine.text import Vocabulary
 from covey.errors import Unavailable
 from covey.model.plan import Runner
+from covey.net.memory_kv import MemoryBlockStore
 from covey.testing import assert_eventually
 from covey.types.generate import (
     Event,
@@ -29,9 +30,10 @@ from covey.types.generate import (
     Tokens,
 )
 from covey.types.ids import BlockHash, NamespaceId, RequestId, TenantId, WorkerId
-from covey.types.kv import BlockKey
-from covey.types.store import StoreKey
+from covey.types.kv import BlockKey, BlockShape, LookupReply, LookupRequest, QuarantineRequest, StoreStats
+from covey.types.store import Held, StoreKey
 
+TENANT = TenantId("t")
 SCOPE = KvScope(namespace=NamespaceId(b"n" * 16), chain_root=b"root")
 
 
@@ -43,7 +45,7 @@ def request_of(
     sampling = Sampling(max_tokens=max_tokens, **({"ignore_eos": True} | names))
     return GenerateRequest(
         request_id=RequestId(request_id),
-        tenant=TenantId("t"),
+        tenant=TENANT,
         model="fake",
         scopes=(SCOPE,),
         token_ids=tuple(tokens),
@@ -91,54 +93,49 @@ async def collect(engine: Engine, request: GenerateRequest, on_event: Callable[[
     return answer
 
 
-class ShelfLease:
-    """A lease of `Shelf`."""
-
-    def __init__(self, shelf: Shelf, key: StoreKey, hashes: tuple[BlockHash, ...]) -> None:
-        self.shelf, self.key, self.hashes = shelf, key, hashes
-        self.is_released = False
-        shelf.leases.add(self)
-
-    async def release(self) -> None:
-        self.is_released = True
-        self.shelf.leases.discard(self)
-        held = {(lease.key, name) for lease in self.shelf.leases for name in lease.hashes}
-        for name in self.hashes:
-            if (self.key, name) in self.shelf.private and (self.key, name) not in held:
-                self.shelf.private.discard((self.key, name))
-                self.shelf.blocks.pop((self.key, name), None)
-
-
 class Shelf:
-    """A `BlockStore` in a dict: `bad` blocks fail their checksum, `is_down` makes every call fail, `slow_s` waits."""
+    """The in-memory store, with faults: `is_down` makes every call fail, `slow_s` makes it wait first."""
 
     def __init__(self) -> None:
-        self.blocks: dict[tuple[StoreKey, BlockHash], bytes] = {}
-        self.private: set[tuple[StoreKey, BlockHash]] = set()
-        self.leases: set[ShelfLease] = set()
-        self.bad: set[BlockHash] = set()
+        self._clock = MonotonicClock()
+        self._store = MemoryBlockStore(clock=self._clock)
         self.is_down = False
         self.slow_s = 0.0
-        self.loads = 0
 
-    async def lookup(self, key: StoreKey, hashes: Sequence[BlockHash], *, owner: str, ttl_s: float) -> ShelfLease:
-        await self._pass()
-        found = []
-        for name in hashes:
-            if (key, name) not in self.blocks:
-                break
-            found.append(name)
-        return ShelfLease(self, key, tuple(found))
+    @property
+    def stats(self) -> StoreStats:
+        return self._store.index.stats()
 
-    async def load(self, held: ShelfLease, into: Sequence[memoryview]) -> int:
+    def corrupt(self, name: BlockHash, shape: BlockShape) -> None:
+        """Flip a bit of a stored block."""
+        held = self._find(name, shape)
+        (block,) = held.blocks
+        self._store.corrupt(block.offset)
+        assert held.lease is not None
+        self._store.release(held.lease)
+
+    async def touch(self) -> None:
+        """Let the store notice which leases have ended: it looks at each call."""
+        self._find(BlockHash(b"nothing"), BlockShape(size_bytes=128, layers=2))
+
+    def remove(self, name: BlockHash) -> None:
+        """Make a stored block a miss."""
+        request = QuarantineRequest(tenant=TENANT, namespace=SCOPE.namespace, hash=name, reason="test")
+        self._store.index.quarantine(request, self._clock.now())
+
+    def _find(self, name: BlockHash, shape: BlockShape) -> LookupReply:
+        request = LookupRequest(
+            tenant=TENANT, namespace=SCOPE.namespace, hashes=(name,), owner="test", ttl_s=1.0, shape=shape
+        )
+        return self._store.index.lookup(request, self._clock.now())
+
+    async def lookup(self, key: StoreKey, hashes: Sequence[BlockHash], *, owner: str, ttl_s: float) -> Held:
         await self._pass()
-        for index, (name, view) in enumerate(zip(held.hashes, into, strict=True)):
-            if name in self.bad:
-                view[:] = b"\xff" * len(view)
-                return index
-            view[:] = self.blocks[held.key, name]
-            self.loads += 1
-        return len(held.hashes)
+        return await self._store.lookup(key, hashes, owner=owner, ttl_s=ttl_s)
+
+    async def load(self, held: Held, into: Sequence[memoryview]) -> int:
+        await self._pass()
+        return await self._store.load(held, into)
 
     async def store(
         self,
@@ -149,16 +146,12 @@ class Shelf:
         owner: str,
         ttl_s: float,
         private: bool = False,
-    ) -> ShelfLease:
+    ) -> Held:
         await self._pass()
-        for name, view in zip(blocks, data, strict=True):
-            self.blocks.setdefault((key, name.hash), bytes(view))
-            if private:
-                self.private.add((key, name.hash))
-        return ShelfLease(self, key, tuple(name.hash for name in blocks))
+        return await self._store.store(key, blocks, data, owner=owner, ttl_s=ttl_s, private=private)
 
-    async def pin(self, key: StoreKey, hashes: Sequence[BlockHash], *, owner: str, ttl_s: float) -> ShelfLease:
-        return ShelfLease(self, key, tuple(hashes))
+    async def pin(self, key: StoreKey, hashes: Sequence[BlockHash], *, owner: str, ttl_s: float) -> Held:
+        return await self._store.pin(key, hashes, owner=owner, ttl_s=ttl_s)
 
     async def _pass(self) -> None:
         await anyio.sleep(self.slow_s)

@@ -17,6 +17,7 @@ from covey.types.generate import Event, GenerateRequest, Handover, Progress, Rol
 from tests.support.engines import Shelf, assert_idle, collect, is_whole, plain, request_of, running_engine
 
 PROMPT = tuple(range(1, 60))
+EARLY = (Stage.QUEUE, Stage.LOOKUP, Stage.PREFILL)
 
 
 async def abandon(engine: Engine, request: GenerateRequest, after: type[Event], stage: Stage | None = None) -> None:
@@ -32,7 +33,7 @@ async def abandon(engine: Engine, request: GenerateRequest, after: type[Event], 
 @pytest.mark.parametrize(
     ("role", "stage"),
     [
-        *((role, stage) for role in (Role.PREFILL, Role.DECODE) for stage in (Stage.QUEUE, Stage.LOOKUP, Stage.PREFILL)),
+        *((role, stage) for role in (Role.PREFILL, Role.DECODE) for stage in EARLY),
         (Role.PREFILL, Stage.TRANSFER),
     ],
 )
@@ -55,7 +56,7 @@ async def test_leaving_at_any_stage_frees_everything(role: Role, stage: Stage) -
         with anyio.fail_after(1.0):
             await assert_idle(engine)
         await engine.cancel(request_of((1,), request_id="ahead").request_id)
-        await assert_eventually(lambda: not shelf.leases)
+        await assert_eventually(lambda: shelf.stats.leases == 0)
 
 
 async def _slow_down_at_first_token(engine: Engine, shelf: Shelf) -> None:
@@ -110,7 +111,7 @@ async def test_two_hundred_requests_with_random_cancels_leak_nothing() -> None:
                     tg.start_soon(run, index, rng.choice([None, None, rng.random() * 2]))
         await assert_idle(prefill)
         await assert_idle(decode)
-        await assert_eventually(lambda: not shelf.leases and not shelf.private)
+        await assert_eventually(lambda: shelf.stats.leases == shelf.stats.private_blocks == 0)
     assert all(whole)
     assert len(whole) > 150
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from typing import Any
 
 import anyio
 import pytest
@@ -76,7 +77,7 @@ async def test_seeded_sampling_depends_on_seed_and_position_only() -> None:
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5])
 async def test_a_resumed_stream_equals_the_undisturbed_one(penalty: float) -> None:
-    fields = {"temperature": 0.7, "seed": 3, "max_tokens": 24, "presence_penalty": penalty}
+    fields: dict[str, Any] = {"temperature": 0.7, "seed": 3, "max_tokens": 24, "presence_penalty": penalty}
     async with running_engine() as engine:
         whole = await collect(engine, request_of(PROMPT, **fields))
     for cut in (1, 5, 12, 23):
@@ -154,7 +155,7 @@ async def test_logprobs_carry_the_exact_bytes() -> None:
         ({"resume": Resume(emitted=(1,) * 240)}, "CONTEXT_LENGTH_EXCEEDED", "resume.emitted"),
     ],
 )
-async def test_bad_requests_fail_by_field_and_start_nothing(changes: dict[str, object], code: str, field: str) -> None:
+async def test_bad_requests_fail_by_field_and_start_nothing(changes: dict[str, Any], code: str, field: str) -> None:
     runner = FakeRunner()
     async with running_engine(runner) as engine:
         answer = await collect(engine, plain(request_of(PROMPT), **changes))

@@ -25,6 +25,7 @@ from covey.types.generate import (
     Role,
 )
 from covey.types.ids import RequestId, TenantId
+from covey.types.kv import BlockShape
 from tests.support.engines import Answer, Shelf, assert_idle, collect, is_whole, plain, request_of, running_engine
 
 LENGTHS = (1, 7, 8, 9, 16, 29, 32)
@@ -72,9 +73,9 @@ async def test_split_equals_one_engine(length: int) -> None:
         assert rest.last.usage.blocks_moved == -(-length // 8)
         assert runner.computed == 19  # no prompt token was computed again
         await prefill.cancel(request.request_id)
-        await assert_eventually(lambda: not shelf.private)
+        await assert_eventually(lambda: shelf.stats.private_blocks == 0)
         await assert_idle(prefill)
-        await assert_eventually(lambda: not shelf.leases)
+        await assert_eventually(lambda: shelf.stats.leases == 0)
 
 
 async def test_a_first_token_that_ends_needs_no_handover() -> None:
@@ -85,7 +86,7 @@ async def test_a_first_token_that_ends_needs_no_handover() -> None:
         assert answer.last.reason is FinishReason.LENGTH
         assert len(answer.ids) == 1
         assert is_whole(answer)
-        await assert_eventually(lambda: len(shelf.blocks) == 2)  # written back for the next turn
+        await assert_eventually(lambda: shelf.stats.blocks == 2)  # written back for the next turn
         await assert_idle(prefill)
 
 
@@ -116,9 +117,9 @@ async def test_a_corrupt_or_missing_block_is_recomputed(broken: int | str) -> No
             ticket = first.last.ticket
             name = ticket.tail.key if broken == "tail" else ticket.hashes[int(broken)]
             if is_corrupt:
-                shelf.bad.add(name)
+                shelf.corrupt(name, BlockShape(size_bytes=decode.info().block_bytes, layers=decode.info().layers))
             else:
-                shelf.blocks = {key: data for key, data in shelf.blocks.items() if key[1] != name}
+                shelf.remove(name)
             rest = await collect(decode, plain(request, ticket=ticket))
             assert joined(first, rest) == (expected.ids, expected.text)
             assert isinstance(rest.last, Finished)
@@ -146,7 +147,7 @@ async def test_prefill_fails_retryable_when_it_cannot_store() -> None:
         assert isinstance(answer.last, Failed)
         assert answer.last.retryable
         assert not answer.ids  # nothing was shown, so a retry repeats nothing
-        assert not shelf.leases
+        assert shelf.stats.leases == 0
         await assert_idle(prefill)
 
 
@@ -161,7 +162,7 @@ async def test_a_fault_before_handover_leaves_no_lease() -> None:
         retry = await collect(prefill, plain(request, attempt=1))
         assert isinstance(retry.last, Handover)
         await prefill.cancel(request.request_id)
-        await assert_eventually(lambda: not shelf.leases)
+        await assert_eventually(lambda: shelf.stats.leases == 0)
         await assert_idle(prefill)
 
 
@@ -169,8 +170,13 @@ async def test_handover_leases_end_by_themselves() -> None:
     shelf = Shelf()
     async with split(shelf, limits=EngineLimits(handover_ttl_s=0.1)) as (prefill, _):
         await collect(prefill, request_of(range(1, 20)))
-        assert shelf.leases
-        await assert_eventually(lambda: not shelf.leases and not shelf.private)
+        assert shelf.stats.leases
+
+        async def is_empty() -> bool:
+            await shelf.touch()
+            return shelf.stats.leases == shelf.stats.private_blocks == 0
+
+        await assert_eventually(is_empty)
 
 
 async def test_a_lost_decode_worker_is_continued_from_ticket_and_tokens() -> None:

@@ -23,8 +23,8 @@ async def test_after_the_grace_blocks_are_demoted_and_unpinned() -> None:
         assert answer.last.lease is not None
         await assert_eventually(lambda: engine.load().pinned_blocks == 5)
         await assert_idle(engine)
-        assert len(shelf.blocks) == 5
-        assert not shelf.leases
+        assert shelf.stats.blocks == 5
+        assert shelf.stats.leases == 0
         with pytest.raises(LeaseExpired):
             await engine.retain(RetainRequest(lease=answer.last.lease, ttl_s=1))
 
@@ -51,7 +51,7 @@ async def test_what_follows_a_retained_time(then: Afterwards) -> None:
         answer = await collect(engine, request_of(PROMPT, max_tokens=12))
         await engine.retain(RetainRequest(lease=answer.last.lease, ttl_s=0.1, then=then))
         await assert_idle(engine)
-        assert len(shelf.blocks) == (5 if then is Afterwards.DEMOTE else 0)
+        assert shelf.stats.blocks == (5 if then is Afterwards.DEMOTE else 0)
 
 
 async def test_a_dead_store_keeps_nothing_pinned() -> None:
@@ -77,8 +77,8 @@ async def test_stopping_demotes_what_is_pinned() -> None:
     shelf = Shelf()
     async with running_engine(store=shelf, limits=EngineLimits(grace_s=60.0)) as engine:
         await collect(engine, request_of(PROMPT, max_tokens=12))
-        assert not shelf.blocks
-    assert len(shelf.blocks) == 5
+        assert shelf.stats.blocks == 0
+    assert shelf.stats.blocks == 5
 
 
 async def test_changes_add_up_to_the_snapshot() -> None:
