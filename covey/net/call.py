@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from opentelemetry import context as trace_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -44,6 +44,15 @@ class Token(Protocol):
 
     def bearer(self) -> str:
         """Return the value of the `authorization` header."""
+        ...
+
+
+@runtime_checkable
+class Gatekeeper(Protocol):
+    """A server's own rule for who may call, in place of the mesh token: for edges, where tenants call."""
+
+    def admit(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers that the handler sees, without credentials; raise `Unauthenticated`."""
         ...
 
 

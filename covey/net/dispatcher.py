@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import anyio
 
 from covey.codec.methods import BidiStream, ClientStream, Method, ServerStream, Unary
 from covey.errors import CoveyError, Internal, InvalidArgument, PayloadTooLarge, Unauthenticated, Unimplemented
-from covey.net.call import AUTHORIZATION, Call, Handler, Handlers, Token, enter_request, extracted, sole
+from covey.net.call import AUTHORIZATION, Call, Gatekeeper, Handler, Handlers, Token, enter_request, extracted, sole
 from covey.net.transport import ServerCall
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Dispatcher:
     """Maps paths to handlers. Nothing but `CoveyError` and cancellation leaves `run`."""
 
-    def __init__(self, handlers: Handlers, *, token: Token | None, message_bytes_max: int) -> None:
+    def __init__(self, handlers: Handlers, *, token: Token | Gatekeeper | None, message_bytes_max: int) -> None:
         self._handlers: dict[str, tuple[Method[Any, Any], Handler]] = {m.path: (m, h) for m, h in handlers.items()}
         self._token = token
         self._message_bytes_max = message_bytes_max
@@ -43,13 +43,18 @@ class Dispatcher:
         found = self._handlers.get(path)
         return found[0] if found else None
 
-    def authenticate(self, authorization: str | None) -> None:
-        """Raise `Unauthenticated` unless the header carries the mesh token; the comparison takes constant time."""
-        if self._token is None:
-            return
-        scheme, _, credential = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not self._token.matches(credential):
-            raise Unauthenticated("this call needs the mesh token: send `authorization: Bearer …`")
+    def admit(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return what the handler sees of the headers; raise `Unauthenticated` unless they carry the mesh token.
+
+        A gatekeeper has its own rule instead. The comparison takes constant time.
+        """
+        if isinstance(self._token, Gatekeeper):
+            return self._token.admit(headers)
+        if self._token is not None:
+            scheme, _, credential = headers.get(AUTHORIZATION, "").partition(" ")
+            if scheme.lower() != "bearer" or not self._token.matches(credential):
+                raise Unauthenticated("this call needs the mesh token: send `authorization: Bearer …`")
+        return {name: value for name, value in headers.items() if name != AUTHORIZATION}
 
     async def run(self, path: str, wire: ServerCall) -> None:
         """Serve one call to its end.
@@ -64,7 +69,7 @@ class Dispatcher:
                 raise self._public(path, error) from error
 
     async def _serve(self, path: str, wire: ServerCall) -> None:
-        self.authenticate(wire.headers.get(AUTHORIZATION))
+        headers = self.admit(wire.headers)
         found = self._handlers.get(path)
         if found is None:
             raise Unimplemented(f"{path.removeprefix('/')} is not served here")

@@ -11,7 +11,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from covey.errors import CoveyError, Unavailable
-from covey.net.call import MESSAGE_BYTES_MAX, Handlers, Token
+from covey.net.call import MESSAGE_BYTES_MAX, Gatekeeper, Handlers, Token
 from covey.net.channels import Channel, Channels
 from covey.net.dispatcher import Dispatcher
 from covey.net.memory_wire import Faults, MemoryCall
@@ -73,7 +73,7 @@ class MemoryNetwork:
 
     @asynccontextmanager
     async def serve(
-        self, address: str, handlers: Handlers, *, token: Token | None = None, grace_s: float = 10.0,
+        self, address: str, handlers: Handlers, *, token: Token | Gatekeeper | None = None, grace_s: float = 10.0,
         message_bytes_max: int = MESSAGE_BYTES_MAX,
     ) -> AsyncIterator[MemoryServer]:  # fmt: skip
         """Serve handlers for a block, as `covey.net.rpc.serve` does."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from covey.net.call import MESSAGE_BYTES_MAX, Call, Handler, Handlers, Token, current_request_id
+from covey.net.call import MESSAGE_BYTES_MAX, Call, Gatekeeper, Handler, Handlers, Token, current_request_id
 from covey.net.channels import Channel, Channels, Replies
 from covey.net.transport import Server
 
@@ -18,6 +18,7 @@ __all__ = [
     "Call",
     "Channel",
     "Channels",
+    "Gatekeeper",
     "Handler",
     "Handlers",
     "Replies",
@@ -33,7 +34,7 @@ async def serve(
     address: str,
     handlers: Handlers,
     *,
-    token: Token | None = None,
+    token: Token | Gatekeeper | None = None,
     grace_s: float = 10.0,
     message_bytes_max: int = MESSAGE_BYTES_MAX,
 ) -> AsyncIterator[Server]:

@@ -16,9 +16,9 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 from covey.codec.methods import Unary
 from covey.errors import CoveyError, Unavailable
 from covey.net.call import (
-    AUTHORIZATION,
     ERROR_MESSAGE_CHARS_MAX,
     ERROR_TRAILER,
+    Gatekeeper,
     Handlers,
     Token,
     encode_error,
@@ -57,7 +57,7 @@ class GrpcServer:
 
 @asynccontextmanager
 async def serve_grpc(
-    address: str, handlers: Handlers, *, token: Token | None, grace_s: float, message_bytes_max: int
+    address: str, handlers: Handlers, *, token: Token | Gatekeeper | None, grace_s: float, message_bytes_max: int
 ) -> AsyncIterator[GrpcServer]:
     """Serve for a block; on leaving it: NOT_SERVING, no new calls, `grace_s` for those in flight, then cancel them.
 
@@ -137,7 +137,7 @@ class _Paths(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no type
     def _reflect(self) -> Any:
         async def behaviour(requests: Any, context: Any) -> None:
             try:
-                self._dispatcher.authenticate(_headers(context).get(AUTHORIZATION))
+                self._dispatcher.admit(_headers(context))
             except CoveyError as error:
                 await _abort(context, error)
             async for reply in self._reflection.ServerReflectionInfo(requests, context):
