@@ -1,0 +1,1 @@
+"""The SDK: semantic functions, workflows and tools over gRPC; needs neither torch nor NATS."""
