@@ -50,7 +50,8 @@ class Runtime:
 
     def __init__(
         self, config: CommonConfig, *, name: str, channels: Channels, tracing: Tracing, metrics: Metrics,
-        log: FilteringBoundLogger, worker: WorkerId, mesh_token: MeshToken | None, metrics_address: str,
+        log: FilteringBoundLogger, worker: WorkerId, mesh_token: MeshToken | None,
+        nats_token: str | None, metrics_address: str,
         clock: Clock, rng: Random, failpoints: failpoint.Failpoints | None, ready_fd: int | None,
     ) -> None:  # fmt: skip
         self.name = name
@@ -70,6 +71,7 @@ class Runtime:
         self.failpoints = failpoints
         self.is_ready = False
         self._config = config
+        self._nats_token = nats_token
         self._ready_fd = ready_fd
         self._stopped = anyio.Event()
         self._addresses: list[str] = []
@@ -85,13 +87,12 @@ class Runtime:
         Raises:
             InvalidArgument: the run directory cannot be made, or the mesh token file cannot be read.
         """
-        _make_run_dir(config.run_dir)
-        token = MeshToken(read_secret(config.mesh_token_file)) if config.mesh_token_file else None
+        token, nats_token = await anyio.to_thread.run_sync(_prepare, config)
         worker = WorkerId(config.worker or f"{name}-{secrets.token_hex(4)}")
         metrics, tracing = Metrics(), Tracing(name, endpoint=config.otlp_endpoint)
         async with AsyncExitStack() as stack:
             stack.callback(tracing.close)
-            metrics_address = stack.enter_context(serve_metrics(config.metrics_listen, metrics))
+            metrics_address = await stack.enter_async_context(serve_metrics(config.metrics_listen, metrics))
             yield cls(
                 config,
                 name=name,
@@ -101,6 +102,7 @@ class Runtime:
                 log=(log or new_log(name, stream=sys.stderr, level=config.log_level)).bind(worker=worker),
                 worker=worker,
                 mesh_token=token,
+                nats_token=nats_token,
                 metrics_address=metrics_address,
                 clock=clock or MonotonicClock(),
                 rng=Random(secrets.randbits(64)),  # noqa: S311 - jitter and sampling, not secrets
@@ -112,8 +114,7 @@ class Runtime:
         """Connect to NATS. Raises `Unavailable` when it is not there."""
         from covey.net.nats import NatsBus
 
-        token = read_secret(self._config.nats_token_file) if self._config.nats_token_file else None
-        return NatsBus.open(self._config.nats, token=token, name=self.worker, rng=self.rng)
+        return NatsBus.open(self._config.nats, token=self._nats_token, name=self.worker, rng=self.rng)
 
     def registry(self, bus: Bus) -> AbstractAsyncContextManager[Registry]:
         """Watch who is in the mesh."""
@@ -261,11 +262,16 @@ def _flags(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _make_run_dir(path: str) -> None:
+def _prepare(config: CommonConfig) -> tuple[MeshToken | None, str | None]:
+    """Make the run directory and read the secrets: the mesh token and NATS's."""
     try:
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+        Path(config.run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidArgument(f"cannot make the run directory {path}: {error.strerror}", field="run_dir") from error
+        reason = f"cannot make the run directory {config.run_dir}: {error.strerror}"
+        raise InvalidArgument(reason, field="run_dir") from error
+    boot_id()
+    mesh = MeshToken(read_secret(config.mesh_token_file)) if config.mesh_token_file else None
+    return mesh, read_secret(config.nats_token_file) if config.nats_token_file else None
 
 
 def _reachable(address: str) -> str:

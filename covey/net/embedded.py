@@ -61,29 +61,56 @@ class EmbeddedNats:
         Raises:
             Unavailable: the binary is not installed, or the server does not come up (names the log file).
         """
-        binary = find_binary()
-        home = Path(run_dir).absolute() / "nats"  # noqa: ASYNC240 - no input or output
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        port = port or _free_port()
-        token, token_file = _token(home)
-        config = _write_config(home, port, token)
-        with (home / "server.log").open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                str(binary),
-                "-c",
-                str(config),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # a terminal's Ctrl-C must not stop it before the services have drained
-                preexec_fn=partial(die_with_parent, signal.SIGKILL, parent=os.getpid()),
-            )
+        setup = await anyio.to_thread.run_sync(_prepare, Path(run_dir), port)
+        process = await _spawn(setup)
         try:
-            await _until_ready(process, port, home / "server.log")
-            yield cls(url=f"nats://127.0.0.1:{port}", token=token, token_file=token_file, port=port, process=process)
+            await _until_ready(process, setup)
+            yield cls(
+                url=f"nats://127.0.0.1:{setup.port}",
+                token=setup.token,
+                token_file=setup.token_file,
+                port=setup.port,
+                process=process,
+            )
         finally:
             with anyio.CancelScope(shield=True):
                 await _stop(process)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    binary: Path
+    config: Path
+    log_file: Path
+    token: str
+    token_file: Path
+    port: int
+
+
+def _prepare(run_dir: Path, port: int) -> _Setup:
+    binary = find_binary()
+    home = run_dir.absolute() / "nats"
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    port = port or _free_port()
+    token, token_file = _token(home)
+    config = _write_config(home, port, token)
+    return _Setup(
+        binary=binary, config=config, log_file=home / "server.log", token=token, token_file=token_file, port=port
+    )
+
+
+async def _spawn(setup: _Setup) -> asyncio.subprocess.Process:
+    async with await anyio.open_file(setup.log_file, "ab") as output:
+        return await asyncio.create_subprocess_exec(
+            str(setup.binary),
+            "-c",
+            str(setup.config),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output.wrapped,
+            stderr=output.wrapped,
+            start_new_session=True,  # a terminal's Ctrl-C must not stop it before the services have drained
+            preexec_fn=partial(die_with_parent, signal.SIGKILL, parent=os.getpid()),
+        )
 
 
 def find_binary() -> Path:
@@ -173,14 +200,14 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-async def _until_ready(process: asyncio.subprocess.Process, port: int, log_file: Path) -> None:
+async def _until_ready(process: asyncio.subprocess.Process, setup: _Setup) -> None:
     with anyio.move_on_after(READY_TIMEOUT_S):
         while process.returncode is None:
-            if await _greets(port):
+            if await _greets(setup.port):
                 return
             await anyio.sleep(POLL_S)
-        raise Unavailable(f"{BINARY} ended with code {process.returncode}: see {log_file}", field="nats")
-    raise Unavailable(f"{BINARY} was not ready within {READY_TIMEOUT_S:g} s: see {log_file}", field="nats")
+        raise Unavailable(f"{BINARY} ended with code {process.returncode}: see {setup.log_file}", field="nats")
+    raise Unavailable(f"{BINARY} was not ready within {READY_TIMEOUT_S:g} s: see {setup.log_file}", field="nats")
 
 
 async def _greets(port: int) -> bool:

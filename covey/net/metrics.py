@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 
+import anyio
 from prometheus_client import CollectorRegistry, start_http_server
 
 from covey.errors import Unavailable
 
 
-@contextmanager
-def serve_metrics(listen: str, registry: CollectorRegistry) -> Iterator[str]:
+@asynccontextmanager
+async def serve_metrics(listen: str, registry: CollectorRegistry) -> AsyncIterator[str]:
     """Serve a registry over HTTP on `host:port` for a block, from a thread; yields the bound address.
 
     Raises:
@@ -19,13 +21,15 @@ def serve_metrics(listen: str, registry: CollectorRegistry) -> Iterator[str]:
     """
     host, _, port = listen.rpartition(":")
     host = host or "127.0.0.1"
+    start = partial(start_http_server, addr=host, registry=registry)
     try:
-        server, thread = start_http_server(int(port), addr=host, registry=registry)
+        server, thread = await anyio.to_thread.run_sync(start, int(port))  # looks the host name up: may block
     except (OSError, ValueError, OverflowError) as error:
         raise Unavailable(f"cannot serve metrics on {listen}", field="metrics_listen") from error
     try:
         yield f"{host}:{server.server_port}"
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(server.shutdown)
+            server.server_close()
+            await anyio.to_thread.run_sync(thread.join)

@@ -35,7 +35,11 @@ STORAGES: Final = {"memory": StorageType.MEMORY, "file": StorageType.FILE}
 
 
 class NatsBucket:
-    """A key-value bucket. One in memory is gone after a server restart: the next `put` makes it again."""
+    """A key-value bucket. One in memory is gone after a server restart: the next `put` makes it again.
+
+    A lost bucket cannot be told by its answer: with watchers, which are subscribers of its subjects, a put to it
+    is not refused but stays unanswered. So each new connection, and each silence, makes sure of it first.
+    """
 
     def __init__(self, bus: NatsBus, name: str, *, ttl_s: float | None, storage: str) -> None:
         if storage not in STORAGES:
@@ -43,14 +47,17 @@ class NatsBucket:
         check_subject(name)
         self._bus = bus
         self._name = name
+        self._ensured_in = 0
         self._config = KeyValueConfig(
             bucket=name, ttl=ttl_s, storage=STORAGES[storage], max_bytes=BUCKET_BYTES_MAX, direct=True
         )
 
     async def ensure(self) -> None:
         """Make the bucket if it is not there."""
+        connection = self._bus.connections
         with self._bus.translated() as js:
             await js.create_key_value(self._config)
+        self._ensured_in = connection
 
     async def put(self, key: str, value: bytes) -> int:
         return await self._publish(key, value, {})
@@ -88,13 +95,14 @@ class NatsBucket:
     async def _publish(self, key: str, value: bytes, headers: dict[str, str]) -> int:
         check_payload(value)
         check_subject(key)
-        subject = f"$KV.{self._name}.{key}"
-        with self._bus.translated() as js:
-            try:
-                ack = await js.publish(subject, value, headers=dict(headers) or None)
-            except nats.js.errors.NoStreamResponseError:
-                await js.create_key_value(self._config)
-                ack = await js.publish(subject, value, headers=dict(headers) or None)
+        if self._ensured_in != self._bus.connections:
+            await self.ensure()
+        try:
+            with self._bus.translated() as js:
+                ack = await js.publish(f"$KV.{self._name}.{key}", value, headers=headers or None)
+        except Unavailable:
+            self._ensured_in = 0
+            raise
         return int(ack.seq)
 
 

@@ -25,6 +25,7 @@ class NatsServer:
         self._run_dir = run_dir
         self._stack = AsyncExitStack()
         self._server: EmbeddedNats | None = None
+        self._token = ""
 
     @property
     def url(self) -> str:
@@ -37,7 +38,7 @@ class NatsServer:
 
     @property
     def token(self) -> str:
-        return (self._run_dir / "nats" / "token").read_text().strip()
+        return self._token
 
     @property
     def token_file(self) -> Path:
@@ -45,6 +46,7 @@ class NatsServer:
 
     async def start(self) -> None:
         self._server = await self._stack.enter_async_context(EmbeddedNats.start(self._run_dir, port=self.port))
+        self._token = self._server.token
 
     async def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
