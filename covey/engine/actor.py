@@ -63,6 +63,7 @@ class EngineActor:
         limits: EngineLimits,
         clock: Clock,
         store: BlockStore | None,
+        model: str,
         on_blocks: OnBlocks | None = None,
     ) -> None:
         info = runner.info
@@ -76,7 +77,7 @@ class EngineActor:
         self._block_size = info.block_size
         self._one = anyio.CapacityLimiter(1)
         transfers = Transfers(store, runner, clock, timeout_s=limits.kv_timeout_s) if store is not None else None
-        self.intake = Intake(info, vocabulary, role)
+        self.intake = Intake(info, vocabulary, role, model)
         self.pool = BlockPool(n_blocks=info.n_blocks, name=str(worker))
         self.batcher = Batcher(limits.batch)
         self.board = Board()

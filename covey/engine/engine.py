@@ -152,9 +152,12 @@ async def open_engine(
     limits: EngineLimits | None = None,
     store: BlockStore | None = None,
     on_blocks: OnBlocks | None = None,
+    model: str | None = None,
     grace_s: float = 10.0,
 ) -> AsyncIterator[Engine]:
     """Run an engine for the length of a block; leaving it lets running requests end for at most `grace_s`.
+
+    `model` is what the mesh calls the runner's model, by default the runner's own name for it.
 
     A crash of the engine leaves as an exception: a new process is the cure.
     """
@@ -168,6 +171,7 @@ async def open_engine(
         clock=clock,
         store=store,
         on_blocks=on_blocks,
+        model=model or runner.info.model,
     )
     async with supervise(grace_s=grace_s) as supervisor:
         capacity = limits.batch.queue_max + limits.batch.max_running
@@ -180,7 +184,7 @@ def _info(actor: EngineActor, runner: Runner, role: Role, worker: WorkerId) -> E
     return EngineInfo(
         worker=worker,
         role=role,
-        model=info.model,
+        model=actor.intake.model,
         revision=info.revision,
         tokenizer_hash=info.tokenizer_hash,
         block_size=info.block_size,

@@ -15,7 +15,8 @@ from .text import TextPipe, Vocabulary
 class Intake:
     """Checks requests against what the runner can do, and numbers them."""
 
-    def __init__(self, info: RunnerInfo, vocabulary: Vocabulary, role: Role) -> None:
+    def __init__(self, info: RunnerInfo, vocabulary: Vocabulary, role: Role, model: str) -> None:
+        self.model = model
         self._info = info
         self._vocabulary = vocabulary
         self._role = role
@@ -57,8 +58,8 @@ class Intake:
         )
 
     def _validate(self, request: GenerateRequest) -> None:
-        if request.model and request.model != self._info.model:
-            raise InvalidArgument(f"this worker serves {self._info.model}", field="model")
+        if request.model and request.model != self.model:
+            raise InvalidArgument(f"this worker serves {self.model}", field="model")
         if not request.token_ids:
             raise InvalidArgument("the prompt is empty", field="token_ids")
         if len(request.token_ids) >= self.context_limit:

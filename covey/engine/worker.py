@@ -1,0 +1,101 @@
+"""What a worker process puts around its engine: the loaded model, the way to the store, gauges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import anyio
+
+from covey.clock import Clock
+from covey.errors import InvalidArgument, Unavailable
+from covey.model.plan import Runner
+from covey.model.share import CoreShare
+from covey.net.kv import KvClient, KvClientConfig, StoreNode
+from covey.net.registry import Registry
+from covey.net.rpc import Channels
+from covey.types.event import WorkerState
+from covey.types.generate import Role
+
+from .config import EngineConfig
+from .engine import Engine
+from .text import Vocabulary
+
+SHARE_FILE = "engines.share"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to run."""
+
+    runner: Runner
+    vocabulary: Vocabulary
+    name: str
+
+
+async def load_model(config: EngineConfig, *, run_dir: Path, clock: Clock) -> LoadedModel:
+    """Load the model in a thread. Raises Unavailable, saying what to do, when torch or the model is not there."""
+    return await anyio.to_thread.run_sync(_load_model, config, run_dir, clock)
+
+
+def store_client(config: EngineConfig, registry: Registry, channels: Channels, *, clock: Clock, host: str) -> KvClient:
+    """The store over the nodes that the registry knows at each call."""
+
+    def nodes() -> Sequence[StoreNode]:
+        return [
+            StoreNode(
+                worker=view.record.worker,
+                address=view.record.address,
+                capacity_bytes=view.record.store.arena_bytes,
+                draining=view.record.state is WorkerState.DRAINING or view.load.draining,
+            )
+            for view in registry.workers(Role.KVSTORE)
+            if view.record.store is not None
+        ]
+
+    return KvClient(nodes, channels, clock=clock, boot_id=host, config=KvClientConfig(transport=config.kv_transport))
+
+
+def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
+    """Load and counts of an engine, by name."""
+    board = engine.board
+    counts = {
+        "steps": board.steps,
+        "computed_tokens": board.computed_tokens,
+        "generated_tokens": board.generated_tokens,
+        "demoted_blocks": board.demoted_blocks,
+        "lost_demotions": board.lost_demotions,
+    }
+    return {(name,): float(value) for name, value in (asdict(engine.load()) | counts).items()}
+
+
+def _load_model(config: EngineConfig, run_dir: Path, clock: Clock) -> LoadedModel:
+    try:
+        from covey.model.pool import Geometry
+        from covey.model.runner import open_runner
+        from covey.model.source import resolve
+        from covey.model.tokenizer import open_tokenizer
+    except ImportError as error:
+        raise Unavailable(f"{error.name} is not installed: pip install 'covey[engine]'") from error
+    try:
+        source = resolve(config.model)
+        geometry = Geometry.of(source.config(), config.block_size)
+        tokenizer = open_tokenizer(source)
+    except InvalidArgument as error:
+        raise Unavailable(error.message) from error
+    n_blocks = config.kv_blocks or config.kv_bytes // geometry.block_bytes
+    if n_blocks < 1:
+        raise InvalidArgument(f"less than one block of {geometry.block_bytes} bytes", field="kv_bytes")
+    cores = tuple(sorted(os.sched_getaffinity(0)))[: config.threads]
+    share = CoreShare(run_dir / SHARE_FILE, clock=clock, cores=cores)
+    runner = open_runner(
+        source,
+        cache_dir=Path(config.cache_dir),
+        n_blocks=n_blocks,
+        block_size=config.block_size,
+        context_limit=config.context_limit,
+        share=share,
+    )
+    return LoadedModel(runner=runner, vocabulary=tokenizer, name=config.model_name or source.name)
