@@ -7,7 +7,7 @@ import torch
 from .attention import PagedAttention
 from .batch import Batch
 from .config import ModelConfig
-from .layers import Scratch, gated, inverse_frequencies, rms_norm, rotary_phases, rotate
+from .layers import Scratch, add_product, gated, inverse_frequencies, product, rms_norm, rotary_phases, rotate
 from .pool import KvPool
 from .weights import LayerWeights, Weights
 
@@ -32,19 +32,22 @@ class Decoder:
         for index, layer in enumerate(weights.layers):
             self._attention.run(self._project(hidden, layer, phases), batch, index, attended)
             if index == last:
-                # From here on only the sampled tokens matter: their keys and values are all written.
+                # From here on only the sampled tokens matter: all keys and values are written.
+                if not batch.samples:
+                    return hidden.new_empty(0, config.vocab_size)
                 hidden = hidden.index_select(0, batch.sample_rows)
                 attended = attended.index_select(0, batch.sample_rows)
-            hidden.addmm_(attended, layer.o.t())
+            add_product(hidden, attended, layer.o)
             self._feed_forward(hidden, layer)
         final = rms_norm(hidden, weights.final_norm, config.rms_eps)
         logits = self._scratch.take("logits", final.shape[0], config.vocab_size)
-        return torch.mm(final, weights.lm_head.t(), out=logits)
+        product(final, weights.lm_head, logits)
+        return logits
 
     def _project(self, hidden: torch.Tensor, layer: LayerWeights, phases: torch.Tensor) -> torch.Tensor:
         config = self._config
         qkv = self._scratch.take("qkv", hidden.shape[0], layer.qkv.shape[0])
-        torch.mm(rms_norm(hidden, layer.attn_norm, config.rms_eps), layer.qkv.t(), out=qkv)
+        product(rms_norm(hidden, layer.attn_norm, config.rms_eps), layer.qkv, qkv)
         if layer.qkv_bias is not None:
             qkv.add_(layer.qkv_bias)
         heads = qkv.view(hidden.shape[0], -1, config.head_dim)
@@ -58,5 +61,5 @@ class Decoder:
 
     def _feed_forward(self, hidden: torch.Tensor, layer: LayerWeights) -> None:
         gate_up = self._scratch.take("gate_up", hidden.shape[0], layer.gate_up.shape[0])
-        torch.mm(rms_norm(hidden, layer.mlp_norm, self._config.rms_eps), layer.gate_up.t(), out=gate_up)
-        hidden.addmm_(gated(gate_up), layer.down.t())
+        product(rms_norm(hidden, layer.mlp_norm, self._config.rms_eps), layer.gate_up, gate_up)
+        add_product(hidden, gated(gate_up), layer.down)

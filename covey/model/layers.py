@@ -9,6 +9,12 @@ from torch.nn import functional
 
 from .config import ModelConfig, RopeScaling
 
+_NARROW_ROWS = 4
+"""Up to so many rows the transposed product is the faster one (measured, 2 cores, AVX-512)."""
+
+_NARROW_ROWS_OF_TALL, _TALL_ROWS = 8, 16384
+"""The same for a matrix as tall as a vocabulary."""
+
 
 class Scratch:
     """Named buffers that grow to the largest step seen and are then reused, so that a step allocates nothing large."""
@@ -23,6 +29,34 @@ class Scratch:
         if flat is None or flat.numel() < count:
             flat = self._flat[name] = torch.empty(count)
         return flat[:count].view(shape)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill `out` [row, out] with `x` [row, in] times the transpose of `weight` [out, in]."""
+    if _is_narrow(x.shape[0], weight):
+        out.copy_(_transposed_product(x, weight))
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
+def add_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add the same product to `hidden` in place."""
+    if _is_narrow(x.shape[0], weight):
+        hidden.add_(_transposed_product(x, weight))
+    else:
+        hidden.addmm_(x, weight.t())
+
+
+def _is_narrow(rows: int, weight: torch.Tensor) -> bool:
+    return rows <= (_NARROW_ROWS if weight.shape[0] < _TALL_ROWS else _NARROW_ROWS_OF_TALL)
+
+
+def _transposed_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    # MKL streams the weights up to twice as fast with few rows on the right, but not with a single one. The second row
+    # is a real copy: torch takes a slow path of its own for a broadcast operand.
+    rows = x.shape[0]
+    right = x if rows > 1 else x.repeat(2, 1)
+    return torch.mm(weight, right.t()).t()[:rows]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from covey.errors import InvalidArgument
 from covey.model.plan import Row, StepPlan
 from covey.model.runner import TorchRunner, open_runner
+from covey.model.share import CoreShare
+from covey.testing import VirtualClock
 
 from .driving import generate, log_probabilities, row
 
@@ -116,6 +120,26 @@ def test_a_closed_runner_says_so(tiny: TorchRunner) -> None:
         tiny.step(StepPlan(rows=()))
     with pytest.raises(InvalidArgument, match="closed"):
         tiny.block_view(0)
+
+
+def test_a_runner_takes_its_share_of_the_cores(
+    tiny_folder: Path, weight_cache: Path, tmp_path: Path, clock: VirtualClock
+) -> None:
+    before, affinity = torch.get_num_threads(), os.sched_getaffinity(0)
+    clock.advance(1.0)
+    mine, other = (CoreShare(tmp_path / "engines.share", clock=clock) for _ in range(2))
+    runner = open_runner(str(tiny_folder), cache_dir=weight_cache, n_blocks=8, share=mine)
+    try:
+        alone = generate(runner, PROMPT, 3, [0, 1, 2])
+        assert torch.get_num_threads() == len(affinity)
+        other.begin(lambda _count: None)
+        assert generate(runner, PROMPT, 3, [3, 4, 5]) == alone
+        assert torch.get_num_threads() == max(1, len(affinity) // 2)
+    finally:
+        torch.set_num_threads(before)
+        os.sched_setaffinity(0, affinity)
+        mine.close()
+        other.close()
 
 
 def test_the_context_limit_can_only_be_lowered(tiny_folder: Path, weight_cache: Path) -> None:
