@@ -58,7 +58,7 @@ class Gatekeeper(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One incoming call. `headers` are lower-case; the credential is among them only if the server has no token."""
+    """One incoming call. `headers` are lower-case and hold no credential."""
 
     headers: Mapping[str, str]
     request_id: str

@@ -12,8 +12,9 @@ from anyio.abc import TaskGroup
 
 from covey.codec.methods import BidiStream, ClientStream, Method, ServerStream, Unary
 from covey.errors import CoveyError, DeadlineExceeded, Overloaded, PayloadTooLarge
-from covey.net.call import AUTHORIZATION, MESSAGE_BYTES_MAX, Token, checked_timeout, outgoing_headers, sole
+from covey.net.call import AUTHORIZATION, MESSAGE_BYTES_MAX, Token, checked_timeout, outgoing_headers
 from covey.net.grpc_transport import GrpcTransport
+from covey.net.tasks import background_tasks
 from covey.net.transport import Transport, WireCall
 
 Q = TypeVar("Q")
@@ -142,12 +143,9 @@ class Channel:
         with self._counted():
             wire = self._transport.exchange(method.path, timeout_s=timeout_s, headers=self._headers(headers))
             try:
-                async with anyio.create_task_group() as tg:
+                async with background_tasks() as tg:
                     tg.start_soon(self._send_all, method, outgoing, wire)
                     yield Replies(method, wire)
-                    tg.cancel_scope.cancel()
-            except BaseExceptionGroup as group:
-                raise sole(group) from None
             finally:
                 wire.cancel()
 
@@ -238,7 +236,7 @@ class Channels:
             wire = transport(address) if transport else GrpcTransport(address, message_bytes_max=message_bytes_max)
             return Channel(wire, token=token, message_bytes_max=message_bytes_max)
 
-        async with anyio.create_task_group() as tg:
+        async with background_tasks() as tg:
             channels = cls(tg, make)
             try:
                 yield channels

@@ -74,9 +74,6 @@ class Dispatcher:
         if found is None:
             raise Unimplemented(f"{path.removeprefix('/')} is not served here")
         method, handler = found
-        headers = dict(wire.headers)
-        if self._token is not None:  # a handler of a server without a token authenticates its callers itself
-            headers.pop(AUTHORIZATION, None)
         call = Call(headers=headers, request_id=enter_request(headers), peer=wire.peer, time_left=wire.remaining_s)
         with extracted(headers):
             await self._invoke(method, handler, wire, call)

@@ -16,6 +16,7 @@ from covey.codec import decode, encode
 from covey.errors import CoveyError, InvalidArgument
 from covey.net.bus import SCHEMA, Bus, BusMessage
 from covey.net.kv_holders import BlockHolders
+from covey.net.tasks import background_tasks
 from covey.types.generate import Role
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
 from covey.types.kv import KvEvent, KvEventKind, KvSnapshot
@@ -108,13 +109,10 @@ class KvEventIndex:
         """Follow the events of a role (None: all) for a block."""
         index = cls(snapshot, entries_max=entries_max)
         subject = kv_subject(role, "*") if role else "covey.v1.kv.>"
-        async with bus.subscribe(subject, capacity=CAPACITY) as messages, anyio.create_task_group() as tg:
+        async with bus.subscribe(subject, capacity=CAPACITY) as messages, background_tasks() as tg:
             index._tg = tg
             tg.start_soon(index._follow, messages)
-            try:
-                yield index
-            finally:
-                tg.cancel_scope.cancel()
+            yield index
 
     def holders(self, namespace: NamespaceId, block: BlockHash) -> frozenset[WorkerId]:
         """Return the workers that hold a block."""

@@ -17,6 +17,7 @@ from covey.errors import CoveyError, Unauthenticated, Unavailable
 from covey.net.bus import BusMessage, check_payload, check_subject
 from covey.net.nats_errors import translated
 from covey.net.nats_jetstream import NatsBucket, NatsStream
+from covey.net.tasks import background_tasks
 from covey.retry import Backoff
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -63,10 +64,9 @@ class NatsBus:
         bus = cls(url.split(","), token=token, name=name, rng=rng or Random())  # noqa: S311 - jitter
         try:
             await bus._connect()
-            async with anyio.create_task_group() as tg:
+            async with background_tasks() as tg:
                 tg.start_soon(bus._revive)
                 yield bus
-                tg.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
                 await _close(bus._client)

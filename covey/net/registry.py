@@ -14,6 +14,7 @@ from covey.clock import Clock
 from covey.codec import decode, encode
 from covey.errors import CoveyError, DeadlineExceeded, InvalidArgument
 from covey.net.bus import SCHEMA, Bucket, Bus, BusMessage, Change, KvChange
+from covey.net.tasks import background_tasks
 from covey.types.event import LoadReport, WorkerRecord, WorkerState
 from covey.types.generate import EngineLoad, Role
 from covey.types.ids import WorkerId
@@ -113,14 +114,13 @@ async def announce(
     del clock  # beats follow the event loop; records carry no time
     announcement = Announcement(bus, record, load)
     await announcement.beat()
-    async with anyio.create_task_group() as tg:
-        tg.start_soon(announcement.keep, name="registry announce")
-        try:
+    try:
+        async with background_tasks() as tg:
+            tg.start_soon(announcement.keep, name="registry announce")
             yield announcement
-        finally:
-            tg.cancel_scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await announcement.withdraw()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await announcement.withdraw()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,20 +158,15 @@ class Registry:
     async def open(cls, bus: Bus, *, clock: Clock) -> AsyncIterator[Self]:
         """Watch the registry for a block. Raises `Unavailable` when NATS is not there at the start."""
         registry = cls(bus, clock)
-        with anyio.fail_after(CALL_TIMEOUT_S):
-            bucket = await bus.kv(BUCKET, ttl_s=TTL_S, storage="memory")
+        bucket = await bus.kv(BUCKET, ttl_s=TTL_S, storage="memory")
         async with bucket.watch() as changes, bus.subscribe("covey.v1.load.>", capacity=WORKERS_MAX) as loads:
-            with anyio.fail_after(CALL_TIMEOUT_S):
-                for key, value in (await bucket.entries()).items():
-                    registry.apply(KvChange(key=key, change=Change.PUT, value=value))
-            async with anyio.create_task_group() as tg:
+            for key, value in (await bucket.entries()).items():
+                registry.apply(KvChange(key=key, change=Change.PUT, value=value))
+            async with background_tasks() as tg:
                 tg.start_soon(registry._follow, changes)
                 tg.start_soon(registry._follow_loads, loads)
                 tg.start_soon(registry._sweep_often)
-                try:
-                    yield registry
-                finally:
-                    tg.cancel_scope.cancel()
+                yield registry
 
     def workers(self, role: Role | None = None) -> tuple[WorkerView, ...]:
         """Return everyone of a role (None: everyone), ordered by name."""

@@ -41,9 +41,9 @@ async def serve(
     """Serve handlers on `host:port` for a block; an empty host is 127.0.0.1, port 0 picks a free one.
 
     What a handler raises from `covey.errors` reaches its caller as the same class, anything else as `Internal`
-    with a reference to the log. With a `token`, calls without it are refused (health excepted); without one,
-    handlers find `authorization` in `Call.headers` and authenticate their callers themselves. On leaving the block
-    health says NOT_SERVING, new calls are refused, calls in flight have `grace_s` seconds, then they are cancelled.
+    with a reference to the log. Calls that do not carry the `token`, or that the gatekeeper in its place does not
+    admit, are refused; health is for everyone. On leaving the block health says NOT_SERVING, new calls are refused,
+    calls in flight have `grace_s` seconds, then they are cancelled.
 
     Raises:
         Unavailable: the address cannot be bound.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -317,6 +317,30 @@ async def test_the_token_is_required(wire: Wire) -> None:
                 await channel.call(Decode.LOAD, Empty(), timeout_s=5)
         async with wire.open(server.address, token=token) as channel:
             assert await channel.call(Decode.LOAD, Empty(), timeout_s=5) == EngineLoad(running=7)
+
+
+async def test_a_gatekeeper_decides_in_place_of_the_token(wire: Wire) -> None:
+    seen: list[Call] = []
+
+    class Keys:
+        def admit(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+            if headers.get("authorization") != "Bearer key-of-acme":
+                raise Unauthenticated("no such key")
+            kept = {name: value for name, value in headers.items() if name != "authorization"}
+            return kept | {"x-covey-tenant": "acme"}
+
+    async def tell(request: Empty, call: Call) -> EngineLoad:
+        seen.append(call)
+        return EngineLoad()
+
+    async with wire.serve("127.0.0.1:0", {Decode.LOAD: tell}, token=Keys()) as server:
+        async with wire.open(server.address, token=PlainToken("key-of-acme")) as channel:
+            await channel.call(Decode.LOAD, Empty(), timeout_s=5, headers={"x-covey-tenant": "forged"})
+        async with wire.open(server.address) as channel:
+            with pytest.raises(Unauthenticated):
+                await channel.call(Decode.LOAD, Empty(), timeout_s=5)
+    assert [call.headers["x-covey-tenant"] for call in seen] == ["acme"]
+    assert "authorization" not in seen[0].headers
 
 
 async def test_methods_without_handler_are_named(wire: Wire) -> None:
