@@ -32,7 +32,7 @@ def reading(modules: tuple[str, ...] = MODULES) -> Workflow:
     """
     workflow = Workflow("read-the-library")
 
-    def branch(name: str, module: str) -> Ref:
+    def branch(_branch_id: str, module: str) -> Ref:
         ask = [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": f"What would you look up first to explain Python's module {module}?"},
@@ -46,7 +46,7 @@ def reading(modules: tuple[str, ...] = MODULES) -> Workflow:
             {"role": "assistant", "content": str(asked)},
             {
                 "role": "user",
-                "content": f"Here is its documentation:\n{read}\nNow say in two sentences what it is for.",
+                "content": f"Here is its documentation:\n{read}\nIn two sentences: what is it for?",
             },
         ]
         return workflow.llm(f"note_{module}", noting, max_tokens=NOTE_TOKENS, temperature=0.0)
