@@ -10,7 +10,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from covey.config import ConfigError
@@ -52,11 +52,12 @@ class ArenaFile:
         self._backed.add((offset, size_bytes))
 
     def close(self) -> None:
-        """Unmap and remove the files."""
-        self.view.release()
-        self._map.close()
+        """Remove the files and unmap."""
         self.path.unlink(missing_ok=True)
         self.probe_path.unlink(missing_ok=True)
+        self.view.release()
+        with suppress(BufferError):  # a transfer that outlived the grace period: the process ends it
+            self._map.close()
 
 
 @contextmanager

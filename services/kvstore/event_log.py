@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 
 import anyio
 
+from covey.errors import CoveyError
 from covey.policy.shelf import IndexChange
 from covey.types.ids import WorkerId
 from covey.types.kv import KvEvent
@@ -54,6 +56,16 @@ class EventLog:
         """Yield the kept events after `seq`, as of now."""
         newest = [event for event in reversed(self._events) if event.seq > seq] if seq < self.seq else []
         return reversed(newest)
+
+    async def forward(self, publish: Callable[[KvEvent], Awaitable[None]]) -> None:
+        """Pass every event on until the log is closed. One that cannot be passed on leaves a gap, which tells."""
+        seq = 0
+        while not self.closed:
+            for event in tuple(self.after(seq)):
+                seq = event.seq
+                with suppress(CoveyError):
+                    await publish(event)
+            await self.changed(seq)
 
     async def changed(self, seq: int) -> None:
         """Wait until there is an event after `seq` or the log is closed."""

@@ -6,12 +6,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import astuple, fields
 
+import anyio
+
 from covey.actor import supervise
+from covey.codec import encode
+from covey.net.kv_events import kv_subject
 from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex
 from covey.runtime import Runtime
 from covey.types.generate import EngineLoad, Role
-from covey.types.kv import StoreInfo, StoreStats
+from covey.types.kv import KvEvent, StoreInfo, StoreStats
 
 from .arena_file import arena_file, choose_directory
 from .config import Config
@@ -63,8 +67,14 @@ async def _announced(config: Config, rt: Runtime, address: str, info: StoreInfo,
             free_blocks=config.blocks_max - stats.blocks, draining=store.log.closed,
         )  # fmt: skip
 
-    async with rt.bus() as bus, rt.announce(bus, Role.KVSTORE, address, store=info, load=load):
-        yield
+    async def publish(event: KvEvent) -> None:
+        await bus.publish(kv_subject(Role.KVSTORE, rt.worker), encode(event))
+
+    async with rt.bus() as bus, anyio.create_task_group() as tg:
+        tg.start_soon(store.log.forward, publish, name="kv events")
+        async with rt.announce(bus, Role.KVSTORE, address, store=info, load=load):
+            yield
+        store.log.close()
 
 
 def _by_name(stats: StoreStats) -> dict[tuple[str, ...], float]:

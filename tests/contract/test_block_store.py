@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -105,7 +106,8 @@ async def test_a_shape_of_many_dimensions_is_taken_as_it_lies(kind: str, process
         data = content(1)
         await put(it.store, where, blocks, [data[0].cast("B", (3, 40_000))])
         into = memoryview(bytearray(SHAPE.size_bytes))
-        assert await it.store.load(await find(it.store, where, blocks), [into.cast("f")]) == 1
+        floats: memoryview[Any] = into.cast("f")
+        assert await it.store.load(await find(it.store, where, blocks), [floats]) == 1
         assert into == data[0]
 
 

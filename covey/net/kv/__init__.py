@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from covey.net.kv.client import KvClient, KvClientConfig
-from covey.net.kv.node import StoreNode
+from covey.net.kv.node import StoreNode, nodes_of
 
-__all__ = ["KvClient", "KvClientConfig", "StoreNode"]
+__all__ = ["KvClient", "KvClientConfig", "StoreNode", "nodes_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,8 +14,11 @@ from covey.codec.methods import KvStore, Unary
 from covey.errors import CoveyError, DeadlineExceeded, Unavailable
 from covey.net.channels import Channel
 from covey.net.kv.mapping import ArenaMapping
+from covey.net.registry import Registry
 from covey.retry import Breaker
 from covey.types.common import Empty
+from covey.types.event import WorkerState
+from covey.types.generate import Role
 from covey.types.ids import WorkerId
 
 Q = TypeVar("Q")
@@ -32,6 +36,25 @@ class StoreNode:
     address: str
     capacity_bytes: int
     draining: bool = False
+
+
+def nodes_of(registry: Registry) -> Callable[[], tuple[StoreNode, ...]]:
+    """Return what tells a client which nodes the registry knows now."""
+
+    def nodes() -> tuple[StoreNode, ...]:
+        records = (view.record for view in registry.workers(Role.KVSTORE))
+        return tuple(
+            StoreNode(
+                worker=record.worker,
+                address=record.address,
+                capacity_bytes=record.store.arena_bytes,
+                draining=record.state is not WorkerState.READY,
+            )
+            for record in records
+            if record.store is not None
+        )
+
+    return nodes
 
 
 class ChannelSource(Protocol):
