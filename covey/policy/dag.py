@@ -40,6 +40,7 @@ class Graph:
         self._consumers: dict[str, list[CallId]] = {}
         self._ready: set[str] = set()
         self._missing: dict[CallId, int] = {}
+        self._startable: dict[CallId, None] = {}
 
     @property
     def nodes(self) -> Mapping[CallId, Node]:
@@ -88,12 +89,13 @@ class Graph:
         return tuple(fresh), tuple(n.call_id for n in known)
 
     def startable(self) -> tuple[CallId, ...]:
-        """Waiting calls whose inputs all have values, in the order they came."""
-        return tuple(c for c, n in self._missing.items() if n == 0)
+        """Waiting calls whose inputs all have values, in the order that they became so."""
+        return tuple(self._startable)
 
     def start(self, call_id: CallId) -> None:
         """A startable call begins to run."""
         assert self._missing.pop(call_id) == 0
+        del self._startable[call_id]
         self._state[call_id] = CallState.RUNNING
 
     def set(self, variable: str) -> None:
@@ -121,6 +123,7 @@ class Graph:
                 continue
             self._state[current] = CallState.FAILED
             self._missing.pop(current, None)
+            self._startable.pop(current, None)
             failed.append(current)
             todo += self._consumers.get(self._nodes[current].output, ())
         return tuple(failed)
@@ -132,6 +135,7 @@ class Graph:
             state = self._state[call_id]
             assert (call_id in self._missing) == (state is CallState.WAITING)
             assert state is not CallState.WAITING or self._missing[call_id] == missing
+            assert (call_id in self._startable) == (state is CallState.WAITING and missing == 0)
             assert state not in (CallState.RUNNING, CallState.DONE) or missing == 0
             assert (node.output in self._ready) == (state is CallState.DONE)
             assert self._producer[node.output] == call_id
@@ -143,12 +147,16 @@ class Graph:
             self._consumers.setdefault(name, []).append(node.call_id)
         self._state[node.call_id] = CallState.WAITING
         self._missing[node.call_id] = sum(name not in self._ready for name in node.inputs)
+        if self._missing[node.call_id] == 0:
+            self._startable[node.call_id] = None
 
     def _set(self, variable: str) -> None:
         self._ready.add(variable)
         for consumer in self._consumers.get(variable, ()):
             if consumer in self._missing:
                 self._missing[consumer] -= 1
+                if self._missing[consumer] == 0:
+                    self._startable[consumer] = None
 
     def _check_ids(self, batch: list[Node], known: list[Node]) -> None:
         seen: set[CallId] = set()

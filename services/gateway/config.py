@@ -94,6 +94,8 @@ class ProgramSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     programs_max: PositiveInt = 10_000
     calls_max: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10_000
+    running_max: PositiveInt = 64
+    """Calls of one program that run at once; the others wait for their turn by objective."""
     bytes_max: PositiveInt = 64 * 1024 * 1024
     """Text that one program may hold."""
 
@@ -109,7 +111,6 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     default_model: str = ""
     """What a call without a model gets; empty: the first of `models`."""
     models: tuple[ModelConfig, ...] = (ModelConfig(name="smollm2"),)
-    embedding_models: tuple[str, ...] = ("all-minilm-l6-v2",)
     tenants: dict[str, TenantConfig] = msgspec.field(default_factory=dict)
     admission: AdmissionSettings = AdmissionSettings()
     routing: RoutingSettings = RoutingSettings()

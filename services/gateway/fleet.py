@@ -21,6 +21,8 @@ SUSPECT_S = 2.0
 """How long a worker that was lost is avoided."""
 
 NOBODY = WorkerId("")
+EMBEDDING_LABEL = "embedding_model"
+"""The registry label under which semcache names its encoder."""
 
 Incarnation = tuple[WorkerId, int]
 """A worker and its epoch: a restarted worker is another one."""
@@ -107,6 +109,11 @@ class Fleet:
         """The address of a service that is no engine, for example semcache; None when there is none."""
         ready = [v for v in self._directory.workers(role) if v.record.state is WorkerState.READY]
         return min(ready, key=lambda v: (v.age_s, v.record.worker)).record.address if ready else None
+
+    def embedders(self) -> dict[str, str]:
+        """Embedding models that semcache offers, and where."""
+        ready = [v.record for v in self._directory.workers(Role.SEMCACHE) if v.record.state is WorkerState.READY]
+        return {r.labels[EMBEDDING_LABEL]: r.address for r in ready if EMBEDDING_LABEL in r.labels}
 
     def scope(self, info: EngineInfo, tenant: TenantId) -> KvScope:
         """Where this tenant's blocks of this engine live."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound
+from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound, Unavailable
 from covey.types.generate import Role
 from covey.types.program import ModelCard
 
@@ -75,10 +75,9 @@ Model = LocalModel | RemoteModel
 class Catalog:
     """What can be asked for."""
 
-    def __init__(self, models: Sequence[Model], *, default: str, embedding: Sequence[str], fleet: Fleet) -> None:
+    def __init__(self, models: Sequence[Model], *, default: str, fleet: Fleet) -> None:
         self._models = {m.name: m for m in models}
         self._default = default or (models[0].name if models else "")
-        self._embedding = tuple(embedding)
         self._fleet = fleet
 
     def find(self, name: str) -> Model:
@@ -89,10 +88,19 @@ class Catalog:
             raise NotFound(f"no model {name!r}; there are: {known}", field="model")
         return model
 
-    def require_embedding(self, name: str) -> None:
-        """Raise NotFound unless `name` embeds."""
-        if name not in self._embedding:
-            raise NotFound(f"no embedding model {name!r}; there are: {', '.join(self._embedding)}", field="model")
+    def embedder(self, name: str) -> str:
+        """The address that embeds with model `name`.
+
+        Raises:
+            NotFound: no such embedding model (field `model`).
+            Unavailable: nothing embeds at present.
+        """
+        embedders = self._fleet.embedders()
+        if not embedders:
+            raise Unavailable("no semcache is there to embed", field="model", retry_after_ms=2000)
+        if name not in embedders:
+            raise NotFound(f"no embedding model {name!r}; there are: {', '.join(embedders)}", field="model")
+        return embedders[name]
 
     def context_limit(self, model: Model) -> int:
         """What fits at every ready worker of the model."""
@@ -112,8 +120,7 @@ class Catalog:
             )
             for name, model in self._models.items()
         ]
-        ready = int(self._fleet.service(Role.SEMCACHE) is not None)
-        vectors = [ModelCard(id=n, context_limit=0, ready_workers=ready, embedding=True) for n in self._embedding]
+        vectors = [ModelCard(id=n, context_limit=0, ready_workers=1, embedding=True) for n in self._fleet.embedders()]
         return (*text, *vectors)
 
     def is_ready(self) -> bool:

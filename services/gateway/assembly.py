@@ -1,0 +1,126 @@
+"""The gateway's parts put together, apart from what only a process has: sockets, registry, files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+
+import httpx
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+from covey.auth import ApiKeys
+from covey.clock import Clock
+from covey.net.rpc import Channels, Handlers
+from covey.policy.admission import Admission
+from covey.policy.pinning import PinPolicy
+from covey.policy.routing import Router
+from covey.types.ids import TenantId
+
+from .answering import Answering
+from .answers import Answers
+from .completions import Completions
+from .config import Config
+from .dispatch import Dispatcher
+from .errands import Errands
+from .fleet import Directory, Fleet, PrefixIndex
+from .gate import Gate
+from .http.app import build_app
+from .http.generations import Generations
+from .http.operations import Operations
+from .metrics import Metrics
+from .models import Catalog, Model
+from .programs.programs import Programs
+from .remote import RemoteModels
+from .rpc.inference import InferenceServicer
+from .rpc.programs import ProgramsServicer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What the gateway stands on."""
+
+    channels: Channels
+    directory: Directory
+    index: PrefixIndex | None
+    clock: Clock
+    rng: Random
+    registry: CollectorRegistry
+    mesh_secret: bytes
+    keys: ApiKeys
+    models: Sequence[Model]
+    remote_keys: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gateway:
+    """Both edges, ready to be served."""
+
+    app: ASGIApp
+    handlers: Handlers
+    operations: Operations
+    catalog: Catalog
+    programs: Programs
+
+
+@asynccontextmanager
+async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gateway]:
+    """Own a gateway for a block; its programs and errands end with it."""
+    clock, channels = around.clock, around.channels
+    metrics = Metrics(around.registry)
+    fleet = Fleet(around.directory, around.index, Router(config.routing.policy()), clock, around.mesh_secret)
+    catalog = Catalog(around.models, default=config.default_model, fleet=fleet)
+    async with AsyncExitStack() as stack:
+        errands = await stack.enter_async_context(Errands.open())
+        client = await stack.enter_async_context(httpx.AsyncClient())
+        answering = Answering(
+            dispatcher=Dispatcher(
+                channels,
+                fleet,
+                clock,
+                metrics,
+                config.dispatch,
+                waiting_max=config.admission.queue_max,
+                retries_burst=config.admission.permits,
+            ),
+            answers=Answers(channels, fleet, clock, errands, deadline_s=config.dispatch.cache_deadline_s),
+            pins=PinPolicy(config.pinning.policy()),
+            fleet=fleet,
+            channels=channels,
+            metrics=metrics,
+            clock=clock,
+        )
+        completions = Completions(
+            catalog=catalog,
+            gate=Gate(
+                Admission(config.admission.policy()),
+                clock,
+                metrics,
+                wait_s=config.dispatch.queue_wait_s,
+                weights={TenantId(name): tenant.weight for name, tenant in config.tenants.items()},
+            ),
+            answering=answering,
+            remote=RemoteModels(client, around.remote_keys, clock).run,
+            metrics=metrics,
+            clock=clock,
+            rng=around.rng,
+            stream_events_max=config.dispatch.stream_events_max,
+        )
+        deadline_s = config.dispatch.deadline_s
+        programs = await stack.enter_async_context(
+            Programs.open(completions, catalog, clock, metrics, config.programs, deadline_s=deadline_s)
+        )
+        inference = InferenceServicer(
+            completions=completions, catalog=catalog, channels=channels, clock=clock, deadline_s=deadline_s
+        )
+        operations = Operations(catalog=catalog, channels=channels, registry=around.registry, created=int(clock.wall()))
+        generations = Generations(completions, clock, config.dispatch)
+        yield Gateway(
+            app=build_app(generations, operations, around.keys, config.body_bytes_max),
+            handlers={**inference.handlers(), **ProgramsServicer(programs).handlers()},
+            operations=operations,
+            catalog=catalog,
+            programs=programs,
+        )
