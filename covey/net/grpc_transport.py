@@ -65,16 +65,23 @@ class GrpcTransport:
     async def unary(self, path: str, data: bytes, *, timeout_s: float | None, headers: Mapping[str, str]) -> bytes:
         stub = self._stub(path, self._channel.unary_unary)
         with translated(path, self.address):
-            reply: bytes = await stub(data, timeout=timeout_s, metadata=tuple(headers.items()))
+            try:
+                reply: bytes = await stub(data, timeout=timeout_s, metadata=tuple(headers.items()))
+            except asyncio.CancelledError:
+                # grpc raises one of its own, which no cancel scope knows: let the scope raise its own, if it is one's.
+                await anyio.lowlevel.checkpoint_if_cancelled()
+                raise
             return reply
 
     def stream(self, path: str, data: bytes, *, timeout_s: float | None, headers: Mapping[str, str]) -> GrpcCall:
         stub = self._stub(path, self._channel.unary_stream)
-        return GrpcCall(stub(data, timeout=timeout_s, metadata=tuple(headers.items())), path, self.address)
+        with translated(path, self.address):
+            return GrpcCall(stub(data, timeout=timeout_s, metadata=tuple(headers.items())), path, self.address)
 
     def exchange(self, path: str, *, timeout_s: float | None, headers: Mapping[str, str]) -> GrpcCall:
         stub = self._stub(path, self._channel.stream_stream)
-        return GrpcCall(stub(timeout=timeout_s, metadata=tuple(headers.items())), path, self.address)
+        with translated(path, self.address):
+            return GrpcCall(stub(timeout=timeout_s, metadata=tuple(headers.items())), path, self.address)
 
     async def aclose(self) -> None:
         await self._channel.close()
@@ -118,6 +125,9 @@ class GrpcCall:
         with translated(self._path, self._address):
             try:
                 return await operation
+            except asyncio.CancelledError:
+                await anyio.lowlevel.checkpoint_if_cancelled()  # as in `unary`
+                raise
             except asyncio.InvalidStateError as error:  # written to a call that has ended
                 raise await self._ended() from error
             except aio.AioRpcError as error:
@@ -157,6 +167,8 @@ def translated(path: str, address: str) -> Iterator[None]:
         yield
     except aio.AioRpcError as error:
         raise error_of(error.code(), error.details(), error.trailing_metadata(), path, address) from error
+    except aio.UsageError as error:
+        raise Unavailable(f"the channel to {address} is closed") from error
     except asyncio.CancelledError as error:
         if task is not None and task.cancelling() > cancelling:
             raise

@@ -47,6 +47,7 @@ class NatsBus:
         self._connections = 0
         self._attempt = 0
         self._refused = False
+        self._connecting = False
         self._connected = anyio.Event()
         self._closed = anyio.Event()
 
@@ -137,8 +138,8 @@ class NatsBus:
         )
 
     async def _connect(self) -> None:
-        self._refused = False
-        with anyio.move_on_after(CONNECT_TIMEOUT_S) as self._connecting, translated():
+        self._refused, self._connecting = False, True
+        with anyio.move_on_after(CONNECT_TIMEOUT_S), self._unless_refused(), translated():
             await self._client.connect(
                 servers=self._urls,
                 token=self._token,
@@ -156,9 +157,19 @@ class NatsBus:
             )
             await self._on_connect()
             return
-        if self._refused:
-            raise Unauthenticated("NATS refused the connection: is the token right?", field="nats_token_file")
         raise Unavailable(f"no NATS server answered at {', '.join(map(_shown, self._urls))}", field="nats")
+
+    @contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as error:
+            if self._refused:
+                reason = "NATS refused the connection: is the token right?"
+                raise Unauthenticated(reason, field="nats_token_file") from error
+            raise
+        finally:
+            self._connecting = False
 
     async def _revive(self) -> None:
         """Start over with a new client: nats-py gives up for good on some of a server's errors."""
@@ -200,9 +211,9 @@ class NatsBus:
 
     async def _on_error(self, error: Exception) -> None:
         log.info("nats: %s", type(error).__name__)
-        if "authorization violation" in str(error).lower():
+        if self._connecting and "authorization violation" in str(error).lower():
             self._refused = True
-            self._connecting.cancel()
+            self._client.options["allow_reconnect"] = False  # trying again would not help: let `connect` raise
 
 
 class NatsSubscription:

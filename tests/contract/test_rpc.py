@@ -422,7 +422,8 @@ async def test_channels_reconnect(wire: Wire) -> None:
 
             async def answered() -> bool:
                 try:
-                    return bool(await channel.call(Decode.LOAD, Empty(), timeout_s=5))
+                    reply = await channel.call(Decode.LOAD, Empty(), timeout_s=5)
+                    return reply.running == 7
                 except Unavailable:
                     return False
 
