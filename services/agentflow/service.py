@@ -14,12 +14,14 @@ from covey.errors import Unavailable
 from covey.net.registry import Registry
 from covey.net.rpc import Channel, Channels
 from covey.net.rpc import serve as serve_rpc
+from covey.net.tasks import background_tasks
 from covey.runtime import Runtime
 from covey.secretfile import read_secret
 from covey.types.generate import EngineLoad, Role
 from covey.types.ids import TenantId
 from services.agentflow.blob import Blobs
 from services.agentflow.config import Config
+from services.agentflow.gatekeeper import TenantGate
 from services.agentflow.journal import STREAM, SUBJECT, Journal
 from services.agentflow.program import Gateways
 from services.agentflow.runs import Runs
@@ -64,7 +66,7 @@ async def opened_runs(
         gateway_patience_s=config.gateway_patience_s,
         tool_stop_s=config.tool_stop_s,
     )
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         runs = Runs(
             journal,
             around,
@@ -80,7 +82,6 @@ async def opened_runs(
         finally:
             with anyio.CancelScope(shield=True):
                 await runs.stop(STOP_S)
-            tasks.cancel_scope.cancel()
 
 
 async def serve(config: Config, rt: Runtime) -> None:
@@ -96,15 +97,15 @@ async def serve(config: Config, rt: Runtime) -> None:
         runs = await stack.enter_async_context(opened_runs(config, journal, blobs, toolbox, gateways, rt.clock, rt.rng))
         rt.metrics.gauge("agentflow_open_runs", "Runs that have not ended").set_function(lambda: runs.open_count)
         rt.metrics.gauge("agentflow_tool_workers", "Attached tool workers").set_function(lambda: toolbox.workers)
-        servicer = Servicer(runs, toolbox, blobs, keys, beat_s=config.tool_beat_s)
-        # No mesh token here: callers are tenants, and each handler authenticates their API key.
+        servicer = Servicer(runs, toolbox, blobs, beat_s=config.tool_beat_s)
+        # No mesh token here: callers are tenants.
         server = await stack.enter_async_context(
-            serve_rpc(config.listen, servicer.handlers(), token=None, grace_s=config.drain_s)
+            serve_rpc(config.listen, servicer.handlers(), token=TenantGate(keys), grace_s=config.drain_s)
         )
         await stack.enter_async_context(
             rt.announce(bus, Role.AGENTFLOW, server.address, load=lambda: EngineLoad(running=runs.open_count))
         )
-        await rt.ready()
+        await rt.ready(grpc=server.address)
         await rt.until_stopped()
         # Runs first: a tool lost while its run is still driven would count as a failed attempt.
         await runs.stop(STOP_S)
