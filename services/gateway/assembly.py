@@ -61,7 +61,7 @@ class Gateway:
     app: ASGIApp
     handlers: Handlers
     operations: Operations
-    catalog: Catalog
+    completions: Completions
     programs: Programs
 
 
@@ -121,6 +121,6 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
             app=build_app(generations, operations, around.keys, config.body_bytes_max),
             handlers={**inference.handlers(), **ProgramsServicer(programs).handlers()},
             operations=operations,
-            catalog=catalog,
+            completions=completions,
             programs=programs,
         )
