@@ -13,8 +13,8 @@ import anyio
 from covey.client.variable import Variable
 from covey.codec.methods import Programs
 from covey.errors import CoveyError, DeadlineExceeded, FailedPrecondition, InvalidArgument
-from covey.net.call import sole
 from covey.net.rpc import Channel
+from covey.net.tasks import background_tasks
 from covey.policy import template
 from covey.types.ids import CallId, ProgramId
 from covey.types.program import (
@@ -169,12 +169,9 @@ async def opened(channel: Channel, *, model: str, deadline_s: float, idempotency
     program = Program(channel, handle.program_id, model=model)
     token = current.set(program)
     try:
-        async with anyio.create_task_group() as tasks:
+        async with background_tasks() as tasks:
             tasks.start_soon(program.send_all)
             yield program
-            tasks.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise sole(group) from None
     finally:
         current.reset(token)
         await program.close()

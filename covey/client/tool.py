@@ -128,7 +128,7 @@ def _schema(kinds: Mapping[str, Any], required: frozenset[str], title: str) -> d
         try:
             (properties[key],), found = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
         except TypeError as error:
-            raise InvalidArgument(f"tool {title!r}: {key!r} has no JSON schema: {error}", field=key) from error
+            raise InvalidArgument(f"tool {title!r}: {key!r} is {kind}, which has no JSON schema", field=key) from error
         definitions |= found
     schema: dict[str, Any] = {
         "type": "object",

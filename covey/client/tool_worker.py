@@ -17,6 +17,7 @@ from covey.client.tool import Tool
 from covey.codec.methods import Tools
 from covey.errors import CoveyError, InvalidArgument, PermissionDenied, Unauthenticated
 from covey.net.rpc import Channel
+from covey.net.tasks import background_tasks
 from covey.retry import Backoff
 from covey.types.flow import ToolAttached, ToolBeat, ToolCall, ToolCancel, ToolHello, ToolResult, ToolWorkerMessage
 
@@ -53,7 +54,7 @@ class ToolWorker:
             InvalidArgument, Unauthenticated, PermissionDenied: agentflow refuses these tools, or the key.
         """
         rng = Random()  # noqa: S311 - jitter, not a secret
-        async with anyio.create_task_group() as tasks:
+        async with background_tasks() as tasks:
             while True:
                 try:
                     await self._attach(tasks)
@@ -163,8 +164,7 @@ async def serving(channel: Channel, tools: Sequence[Tool], *, worker: str = "") 
         InvalidArgument, Unauthenticated, PermissionDenied: agentflow refuses these tools, or the key.
     """
     tool_worker = ToolWorker(channel, tools, worker=worker)
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         tasks.start_soon(tool_worker.run)
         await tool_worker.attached.wait()
         yield tool_worker
-        tasks.cancel_scope.cancel()

@@ -28,11 +28,11 @@ from covey.types.program import (
     SubmitCalls,
     VariableValue,
 )
+from services.agentflow.gatekeeper import TENANT_HEADER
 
 Q = TypeVar("Q")
 R = TypeVar("R")
 
-TENANT_HEADER = "x-covey-tenant"
 CALL_TIMEOUT_S = 30.0
 GET_TIMEOUT_S = 60.0
 """One wait for a value; the wait is repeated for as long as the node may run."""

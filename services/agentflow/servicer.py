@@ -7,7 +7,6 @@ from functools import partial
 
 import anyio
 
-from covey.auth import ApiKeys, Scope
 from covey.codec.methods import Flow, Tools
 from covey.errors import CoveyError, DeadlineExceeded, InvalidArgument
 from covey.net.rpc import Call, Handlers
@@ -27,8 +26,8 @@ from covey.types.flow import (
     WaitRun,
     WatchRun,
 )
-from covey.types.ids import TenantId
 from services.agentflow.blob import Blobs
+from services.agentflow.gatekeeper import tenant_of
 from services.agentflow.runs import Runs
 from services.agentflow.toolbox import Session, Toolbox
 from services.agentflow.view import event_of, view_of
@@ -39,13 +38,12 @@ BEATS_MISSED_MAX = 3
 
 
 class Servicer:
-    """Handlers for `covey.net.rpc.serve`; callers authenticate with their tenant's API key."""
+    """Handlers for `covey.net.rpc.serve`; its `TenantGate` has found out who calls."""
 
-    def __init__(self, runs: Runs, toolbox: Toolbox, blobs: Blobs, keys: ApiKeys, *, beat_s: float) -> None:
+    def __init__(self, runs: Runs, toolbox: Toolbox, blobs: Blobs, *, beat_s: float) -> None:
         self._runs = runs
         self._toolbox = toolbox
         self._blobs = blobs
-        self._keys = keys
         self._beat_s = beat_s
 
     def handlers(self) -> Handlers:
@@ -61,18 +59,18 @@ class Servicer:
         }
 
     async def submit(self, request: SubmitRun, call: Call) -> RunHandle:
-        run_id, existing = await self._runs.submit(self._tenant(call), request)
+        run_id, existing = await self._runs.submit(tenant_of(call), request)
         return RunHandle(run_id=run_id, existing=existing)
 
     async def get(self, request: RunRequest, call: Call) -> RunView:
-        live = await self._runs.find(self._tenant(call), request.run_id)
+        live = await self._runs.find(tenant_of(call), request.run_id)
         return await view_of(live, self._blobs)
 
     async def list_runs(self, request: ListRuns, call: Call) -> RunList:
-        return RunList(runs=self._runs.listed(self._tenant(call), request.state, request.limit))
+        return RunList(runs=self._runs.listed(tenant_of(call), request.state, request.limit))
 
     async def wait(self, request: WaitRun, call: Call) -> RunView:
-        live = await self._runs.find(self._tenant(call), request.run_id)
+        live = await self._runs.find(tenant_of(call), request.run_id)
         with anyio.move_on_after(call.within(request.timeout_s)):
             await live.until_ended()
         if not live.state.ended:
@@ -80,7 +78,7 @@ class Servicer:
         return await view_of(live, self._blobs)
 
     async def watch(self, request: WatchRun, call: Call) -> AsyncIterator[FlowEvent]:
-        tenant = self._tenant(call)
+        tenant = tenant_of(call)
         live = await self._runs.find(tenant, request.run_id)
         seq = request.after_seq
         while True:
@@ -93,7 +91,7 @@ class Servicer:
                 await live.changed(seq)
 
     async def cancel(self, request: RunRequest, call: Call) -> RunView:
-        live = await self._runs.find(self._tenant(call), request.run_id)
+        live = await self._runs.find(tenant_of(call), request.run_id)
         self._runs.cancel(live)
         with anyio.move_on_after(call.within(CANCEL_TIMEOUT_S)):
             await live.until_ended()
@@ -102,7 +100,7 @@ class Servicer:
         return await view_of(live, self._blobs)
 
     async def attach(self, requests: AsyncIterator[ToolWorkerMessage], call: Call) -> AsyncIterator[ToolServerMessage]:
-        tenant = self._tenant(call)
+        tenant = tenant_of(call)
         hello = await self._hello(requests)
         with self._toolbox.attached(tenant, hello) as session:
             async with anyio.create_task_group() as tasks:
@@ -139,8 +137,3 @@ class Servicer:
             return
         finally:
             session.outbox.close()
-
-    def _tenant(self, call: Call) -> TenantId:
-        principal = self._keys.authenticate(call.headers.get("authorization"))
-        principal.require(Scope.INFERENCE)
-        return principal.tenant

@@ -14,6 +14,7 @@ from anyio.abc import TaskGroup
 from covey.codec.methods import Inference, Programs
 from covey.errors import Cancelled, CoveyError, DeadlineExceeded, FailedPrecondition, NotFound
 from covey.net.rpc import Call, Handlers, Token, serve
+from covey.net.tasks import background_tasks
 from covey.policy import template
 from covey.policy.dag import Graph, Node
 from covey.types.common import Empty
@@ -223,8 +224,7 @@ class FakeGateway:
 @asynccontextmanager
 async def fake_gateway(answer: Answer = echo, *, token: Token | None = None) -> AsyncIterator[tuple[FakeGateway, str]]:
     """Serve one on a free port: (gateway, address)."""
-    async with anyio.create_task_group() as tasks:
+    async with background_tasks() as tasks:
         gateway = FakeGateway(tasks, answer)
         async with serve("127.0.0.1:0", gateway.handlers(), token=token, grace_s=0.1) as server:
             yield gateway, server.address
-        tasks.cancel_scope.cancel()

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import anyio
-
 from covey.auth import ApiKeys, MeshToken
 from covey.clock import MonotonicClock
 from covey.net.nats import NatsBus
@@ -18,6 +16,7 @@ from covey.net.rpc import Channel, serve
 from covey.types.ids import TenantId
 from services.agentflow.blob import Blobs
 from services.agentflow.config import Config
+from services.agentflow.gatekeeper import TenantGate
 from services.agentflow.journal import STREAM, SUBJECT, Journal
 from services.agentflow.runs import Runs
 from services.agentflow.service import opened_runs
@@ -61,8 +60,10 @@ async def agentflow(
         runs = await stack.enter_async_context(
             opened_runs(config, journal, blobs, toolbox, OneGateway(channel), MonotonicClock(), Random(1))
         )
-        servicer = Servicer(runs, toolbox, blobs, keys, beat_s=config.tool_beat_s)
-        server = await stack.enter_async_context(serve("127.0.0.1:0", servicer.handlers(), token=None, grace_s=1.0))
+        servicer = Servicer(runs, toolbox, blobs, beat_s=config.tool_beat_s)
+        server = await stack.enter_async_context(
+            serve("127.0.0.1:0", servicer.handlers(), token=TenantGate(keys), grace_s=1.0)
+        )
         yield Agentflow(address=server.address, runs=runs, toolbox=toolbox)
         await runs.stop(1.0)
         toolbox.close()
@@ -71,8 +72,3 @@ async def agentflow(
 def key_channel(address: str, key: str = KEY):  # type: ignore[no-untyped-def] # what `Channel.open` returns
     """Open a channel with a tenant's API key."""
     return Channel.open(address, token=MeshToken(key))
-
-
-async def never() -> str:
-    await anyio.sleep_forever()
-    raise AssertionError

@@ -1,15 +1,11 @@
-"""Starting NATS blocks, as a launcher may; agentflow must not."""
+"""gRPC stays initialised over all tests, and out of forks: both of its habits reach into tests at random otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 
-import pytest
-from blockbuster import blockbuster_ctx
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers abort children that are forked amid calls
 
+from grpc import aio  # noqa: E402
 
-@pytest.fixture(autouse=True)
-def _no_blocking() -> Iterator[None]:
-    excluded = ["covey.testing", "covey.net.embedded"]
-    with blockbuster_ctx(scanned_modules=["covey", "services"], excluded_modules=excluded):
-        yield
+aio.init_grpc_aio()  # or the last call's disposal joins a thread, wherever the collector happens to run
