@@ -28,7 +28,7 @@ LARGE = BlockShape(size_bytes=3 << 20, layers=4)
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
-    with store_process(tmp_path_factory.mktemp("kvstore")) as process:
+    with store_process(tmp_path_factory.mktemp("kvstore"), "capacity_bytes=134217728") as process:
         yield process
 
 

@@ -13,7 +13,7 @@ from anyio import CapacityLimiter
 from covey.clock import Clock
 from covey.codec.methods import KvStore
 from covey.errors import CoveyError, Fenced, InvalidArgument, LeaseExpired, Miss, Pending, Unavailable
-from covey.net.kv.held import NothingHeld, StoreHeld
+from covey.net.kv.held import NothingHeld, StoreHeld, enter
 from covey.net.kv.node import ChannelSource, Node, StoreNode
 from covey.net.kv.transfer import load_remote, load_shared, store_remote, store_shared
 from covey.policy.placement import Site, rank
@@ -164,7 +164,7 @@ class KvClient:
         for node in self._ranked(key.namespace, self._root(key.namespace, hashes[0])):
             asked_at = self._clock.now()
             try:
-                reply = await node.enter(KvStore.PIN, request)
+                reply = await enter(node, KvStore.PIN, request)
             except Unavailable:
                 continue
             except Miss:
@@ -188,7 +188,7 @@ class KvClient:
             tenant=key.tenant, namespace=key.namespace, hashes=hashes, owner=owner, ttl_s=ttl_s, shape=key.shape
         )
         asked_at = self._clock.now()
-        reply = await node.enter(KvStore.LOOKUP, request)
+        reply = await enter(node, KvStore.LOOKUP, request)
         if reply.lease is None:
             return None
         return StoreHeld(
@@ -212,7 +212,7 @@ class KvClient:
             while True:
                 rest = replace(request, blocks=request.blocks[done:])
                 asked_at = self._clock.now()
-                reply = await node.enter(KvStore.RESERVE, rest)
+                reply = await enter(node, KvStore.RESERVE, rest)
                 names = _until_pending(reply)
                 held.append(
                     StoreHeld(node=node, key=key, grant=reply.lease, asked_at=asked_at, clock=self._clock, hashes=names)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypeVar
+
 import anyio
 
 from covey.clock import Clock
-from covey.codec.methods import KvStore
+from covey.codec.methods import KvStore, Unary
 from covey.errors import CoveyError, Fenced, LeaseExpired
 from covey.net.kv.node import Node
 from covey.types.ids import BlockHash
@@ -13,6 +15,9 @@ from covey.types.kv import BlockLocation, LeaseGrant, LeaseRequest, RenewRequest
 from covey.types.store import StoreKey
 
 RELEASE_TIMEOUT_S = 1.0
+
+Q = TypeVar("Q")
+L = TypeVar("L", bound="Leasing")
 
 
 class StoreHeld:
@@ -74,6 +79,30 @@ class StoreHeld:
         self._released = True
         with anyio.CancelScope(shield=True):
             await release(self.node, self.grant)
+
+
+class Leasing(Protocol):
+    """A reply that grants a lease."""
+
+    @property
+    def lease(self) -> LeaseGrant | None: ...
+
+
+async def enter(node: Node, method: Unary[Q, L], request: Q) -> L:
+    """Ask a node for a lease; being cancelled meanwhile waits for the answer, or nobody could give the lease back.
+
+    Raises `Unavailable`, within the node's call timeout, and what it answers.
+    """
+    with anyio.CancelScope(shield=True):
+        reply = await node.enter(method, request)
+    try:
+        await anyio.lowlevel.checkpoint_if_cancelled()
+    except BaseException:
+        if reply.lease is not None:
+            with anyio.CancelScope(shield=True):
+                await release(node, reply.lease)
+        raise
+    return reply
 
 
 async def release(node: Node, grant: LeaseGrant) -> None:
