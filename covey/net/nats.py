@@ -97,9 +97,8 @@ class NatsBus:
         self._subscriptions[subscription] = None
         try:
             if self.connected:
-                with self.translated():
-                    await self._listen(subscription)
-                    await self._client.flush(CLOSE_TIMEOUT_S)  # what is published after this will be heard
+                await self._listen(subscription)
+                await self._flush()  # what is published after this will be heard
             yield subscription
         finally:
             inner = self._subscriptions.pop(subscription)
@@ -133,9 +132,16 @@ class NatsBus:
             yield self._client.jetstream(timeout=REQUEST_TIMEOUT_S)
 
     async def _listen(self, subscription: NatsSubscription) -> None:
-        self._subscriptions[subscription] = await self._client.subscribe(
-            subscription.subject, cb=subscription.deliver, pending_msgs_limit=PENDING_MESSAGES_MAX
-        )
+        with translated():
+            self._subscriptions[subscription] = await self._client.subscribe(
+                subscription.subject, cb=subscription.deliver, pending_msgs_limit=PENDING_MESSAGES_MAX
+            )
+
+    async def _flush(self) -> None:
+        try:
+            await self._client.flush(CLOSE_TIMEOUT_S)
+        except (nats.errors.Error, OSError) as error:
+            log.info("nats: not flushed: %s", type(error).__name__)  # a reconnect repeats the subscriptions
 
     async def _connect(self) -> None:
         self._refused, self._connecting = False, True
@@ -149,7 +155,7 @@ class NatsBus:
                 connect_timeout=2,
                 ping_interval=PING_S,
                 max_outstanding_pings=PINGS_OUTSTANDING_MAX,
-                pending_size=PENDING_BYTES_MAX,
+                pending_size=2 * PENDING_BYTES_MAX,  # never reached: over it nats-py would wait instead of refusing
                 error_cb=self._on_error,
                 disconnected_cb=self._on_disconnect,
                 reconnected_cb=self._on_connect,
@@ -180,9 +186,8 @@ class NatsBus:
             self._client = Client()
             try:
                 await self._connect()
-                with translated():
-                    for subscription in tuple(self._subscriptions):
-                        await self._listen(subscription)
+                for subscription in tuple(self._subscriptions):
+                    await self._listen(subscription)
             except CoveyError as error:
                 log.warning("nats: %s", error)
                 self._closed.set()

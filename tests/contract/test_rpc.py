@@ -152,10 +152,14 @@ async def test_exchange_raises_what_outgoing_raises(wire: Wire) -> None:
         raise LookupError("mine")
 
     async with wire.serve("127.0.0.1:0", {Tools.ATTACH: attach}) as server, wire.open(server.address) as channel:
-        with pytest.raises(LookupError, match="mine"):
+
+        async def attached() -> None:
             async with channel.exchange(Tools.ATTACH, outgoing(), timeout_s=5) as incoming:
                 async for _ in incoming:
                     pass
+
+        with pytest.raises(LookupError, match="mine"):
+            await attached()
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,10 @@ class NatsServer:
         self._server = await self._stack.enter_async_context(EmbeddedNats.start(self._run_dir, port=self.port))
         self._token = self._server.token
 
-    async def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
-        os.kill(self.server.pid, signal.SIGKILL)
+    async def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal that ends it, and wait until it is gone."""
+        os.kill(self.server.pid, number)
+        await self.server.wait()
         self._server = None
         await self._stack.aclose()
 
