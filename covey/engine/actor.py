@@ -20,7 +20,7 @@ from covey.errors import (
     Overloaded,
     Unavailable,
 )
-from covey.model.plan import Row, Runner, StepOutcome, StepPlan
+from covey.model.plan import Runner, StepOutcome
 from covey.policy.batching import Batcher, Chunk
 from covey.policy.blocks import BlockChanges, BlockPool
 from covey.types.generate import Accepted, Event, GenerateRequest, Handover, Role, Stage, Tokens
@@ -29,7 +29,7 @@ from covey.types.store import BlockStore
 
 from .background import Background
 from .board import Board
-from .endings import cancelled, failed, finished, refused
+from .endings import answer_at_once, cancelled, failed, finished, refused
 from .holdings import Holdings
 from .intake import Intake
 from .limits import EngineLimits
@@ -40,6 +40,7 @@ from .outbox import Outbox
 from .register import Register
 from .retention import Retention
 from .sequence import Sequence
+from .stepping import Stepper
 from .text import Vocabulary
 from .transfer import Transfers
 
@@ -67,7 +68,6 @@ class EngineActor:
         on_blocks: OnBlocks | None = None,
     ) -> None:
         info = runner.info
-        self._runner = runner
         self._role = role
         self._worker = worker
         self._limits = limits
@@ -75,13 +75,13 @@ class EngineActor:
         self._on_blocks = on_blocks
         self._vocabulary = vocabulary
         self._block_size = info.block_size
-        self._one = anyio.CapacityLimiter(1)
         transfers = Transfers(store, runner, clock, timeout_s=limits.kv_timeout_s) if store is not None else None
         self.intake = Intake(info, vocabulary, role, model)
         self.pool = BlockPool(n_blocks=info.n_blocks, name=str(worker))
         self.batcher = Batcher(limits.batch)
         self.board = Board()
         self._holdings = Holdings(self.pool, info.block_size)
+        self._stepper = Stepper(runner, self._holdings, self.board, clock)
         self._retention = Retention(
             self.pool, transfers, limits, owner=f"{worker}/retention", block_bytes=info.block_bytes
         )
@@ -100,7 +100,7 @@ class EngineActor:
                 self._background = Background(tasks, on_end=lambda: inbox.signal(Wake()))
                 while not (self._is_stopping and self._is_quiet):
                     await self._turn(inbox)
-                self._retention.close(self._background.spawn)
+                await self._retention.close()
         finally:
             for seq in self._live.all():
                 seq.outbox.put(failed(Unavailable("the engine stopped")))
@@ -196,7 +196,7 @@ class EngineActor:
                 raise AlreadyExists("this request is running already", field="request_id")
             seq = self.intake.accept(request, outbox, self._clock.now())
             if outbox.is_unwanted or seq.has_ended:
-                self._answer_at_once(seq)
+                answer_at_once(seq, self._worker, self._clock.now())
                 return
             self.batcher.submit(seq.id, len(seq.tokens))
         except Overloaded as error:
@@ -210,20 +210,6 @@ class EngineActor:
         outbox.put(Accepted(worker=self._worker))
         seq.show(Stage.QUEUE)
 
-    def _answer_at_once(self, seq: Sequence) -> None:
-        """A request that was cancelled while queued, or resumed when its tokens already are the whole answer."""
-        seq.outbox.put(Accepted(worker=self._worker))
-        if not seq.has_ended:
-            seq.outbox.put(cancelled(seq, self._clock.now()))
-            return
-        if not seq.text.is_stopped:
-            seq.text.finish()
-        text, text_offset = seq.text.take()
-        if text:
-            attempt, offset = seq.request.attempt, seq.generated
-            seq.outbox.put(Tokens(attempt=attempt, offset=offset, ids=(), text=text, text_offset=text_offset))
-        seq.outbox.put(finished(seq, self._clock.now()))
-
     # -- from the queue to the batch ------------------------------------------------
 
     def _admit(self, now: float) -> None:
@@ -234,6 +220,8 @@ class EngineActor:
                 self._move(seq, self._loader.load)
             else:
                 self._start(seq)
+        if self.batcher.waiting and not self.batcher.running:
+            self._retention.give_way(now)
 
     def _start(self, seq: Sequence) -> None:
         seq.started_at = self._clock.now()
@@ -244,34 +232,13 @@ class EngineActor:
     # -- one step ---------------------------------------------------------------------
 
     async def _step(self, chunks: tuple[Chunk, ...]) -> None:
-        plan = StepPlan(rows=tuple(self._row(chunk) for chunk in chunks))
-        began = self._clock.now()
-        self.board.step_began = began
-        try:
-            outcome = await anyio.to_thread.run_sync(partial(self._runner.step, plan), limiter=self._one)
-        finally:
-            self.board.step_began = None
-        self._apply(chunks, outcome, self._clock.now() - began)
+        outcome, elapsed_s = await self._stepper.step([(self._seq(chunk.seq), chunk) for chunk in chunks])
+        self._apply(chunks, outcome, elapsed_s)
         await failpoint.hit_async("engine.after_step")
-
-    def _row(self, chunk: Chunk) -> Row:
-        seq = self._seq(chunk.seq)
-        end = chunk.start + chunk.count
-        self._holdings.cover(seq, end)
-        return Row(
-            seq=seq.id,
-            tokens=tuple(seq.tokens[chunk.start : end]),
-            start=chunk.start,
-            blocks=tuple(seq.blocks),
-            sample=seq.sample_spec() if chunk.is_last else None,
-        )
 
     def _apply(self, chunks: tuple[Chunk, ...], outcome: StepOutcome, elapsed_s: float) -> None:
         now = self._clock.now()
         self.batcher.apply(chunks, {drawn.seq for drawn in outcome.sampled}, elapsed_s)
-        self.board.steps += 1
-        self.board.computed_tokens += sum(chunk.count for chunk in chunks)
-        self.board.generated_tokens += len(outcome.sampled)
         for seq_id, reason in outcome.failed:
             self._end(self._seq(seq_id), failed(Internal(reason)))
         for chunk in chunks:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from covey.errors import CoveyError
-from covey.types.generate import Failed, Finished, FinishReason, Refused
-from covey.types.ids import LeaseId
+from covey.types.generate import Accepted, Failed, Finished, FinishReason, Refused, Tokens
+from covey.types.ids import LeaseId, WorkerId
 
 from .sequence import Sequence
 
@@ -34,3 +34,18 @@ def failed(error: CoveyError, *, retryable: bool | None = None) -> Failed:
 def refused(error: CoveyError) -> Refused:
     """No room: nothing was started."""
     return Refused(code=error.code, message=error.message, retry_after_ms=error.retry_after_ms or 0)
+
+
+def answer_at_once(seq: Sequence, worker: WorkerId, now: float) -> None:
+    """End a request that never ran: cancelled before it was taken, or resumed when its tokens were a whole answer."""
+    seq.outbox.put(Accepted(worker=worker))
+    if not seq.has_ended:
+        seq.outbox.put(cancelled(seq, now))
+        return
+    if not seq.text.is_stopped:
+        seq.text.finish()
+    text, text_offset = seq.text.take()
+    if text:
+        attempt, offset = seq.request.attempt, seq.generated
+        seq.outbox.put(Tokens(attempt=attempt, offset=offset, ids=(), text=text, text_offset=text_offset))
+    seq.outbox.put(finished(seq, now))

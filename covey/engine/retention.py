@@ -20,6 +20,7 @@ class _Kept:
     tenant: TenantId
     stretches: tuple[Stretch, ...]
     then: Afterwards
+    is_retained: bool = False
 
 
 class Retention:
@@ -64,8 +65,8 @@ class Retention:
             raise LeaseExpired("the blocks' grace period is over", field="lease")
         ttl_s = min(request.ttl_s, self._limits.retain_max_s)
         self._pool.repin(pin.id, keep=len(pin.blocks), expires_at=now + ttl_s)
-        can_demote = self._transfers is not None
-        self._kept[pin.id] = replace(kept, then=request.then if can_demote else Afterwards.DROP)
+        then = request.then if self._transfers is not None else Afterwards.DROP
+        self._kept[pin.id] = replace(kept, then=then, is_retained=True)
         blocks = len(pin.blocks)
         return RetainReply(blocks=blocks, size_bytes=blocks * self._block_bytes, ttl_s=ttl_s)
 
@@ -83,9 +84,24 @@ class Retention:
                 self.lost += is_demoted
                 self._pool.unpin(pin.id)
 
-    def close(self, spawn: Spawn) -> None:
-        """Demote what is still pinned: the process ends."""
-        self.sweep(float("inf"), spawn)
+    def give_way(self, now: float) -> None:
+        """End a pin, one nobody retained if there is one: a request waits, and nothing runs that would make room."""
+        pins = sorted(map(self._pin, self._kept), key=lambda pin: (self._kept[pin.id].is_retained, pin.expires_at))
+        if pins and pins[0].expires_at > now and not self._writing:
+            self._pool.repin(pins[0].id, keep=len(pins[0].blocks), expires_at=now)
+
+    async def close(self) -> None:
+        """Demote, one after the other, what is still pinned: the process ends."""
+        for pin in self._pool.due_pins(float("inf")):
+            kept = self._kept.pop(pin.id, None)
+            if kept is not None and kept.then is Afterwards.DEMOTE and self._transfers is not None:
+                self._writing += 1
+                await self._demote(pin, kept)
+
+    def _pin(self, pin_id: LeaseId) -> Pin:
+        pin = self._pool.pin_of(pin_id)
+        assert pin is not None, "what is kept is pinned"
+        return pin
 
     async def _demote(self, pin: Pin, kept: _Kept) -> None:
         assert self._transfers is not None

@@ -18,7 +18,7 @@ class BatchLimits:
     """Sequences that hold blocks at once."""
     queue_max: int = 256
     """Sequences that wait for room."""
-    step_target_s: float = 0.15
+    step_target_s: float = 0.2
     """How long a step should last: prefill chunks shrink to it, because cancellation waits for a step."""
     chunk_min: int = 16
     """The prefill budget never shrinks below this many tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +13,24 @@ import pytest
 from covey.auth import MeshToken
 from covey.cli.child import Child, ChildSpec
 from covey.clock import MonotonicClock
-from covey.codec.methods import Decode, KvStore, Prefill
+from covey.codec.methods import Decode, KvStore, Prefill, ServerStream
 from covey.net.embedded import EmbeddedNats
 from covey.net.nats import NatsBus
 from covey.net.registry import Registry
 from covey.net.rpc import Channel, Channels
 from covey.testing import assert_eventually
 from covey.types.common import Empty
-from covey.types.generate import Afterwards, CancelRequest, GenerateRequest, Handover, RetainRequest, Role
+from covey.types.generate import (
+    Afterwards,
+    CancelRequest,
+    Event,
+    GenerateRequest,
+    Handover,
+    KvScope,
+    RetainRequest,
+    Role,
+)
+from covey.types.ids import RequestId
 from tests.support.engines import Answer, is_whole, plain, request_of
 from tests.support.tiny_llama import write_tiny_llama
 
@@ -88,9 +98,9 @@ async def workers(folder: Path, *, transport: str = "auto", stores: int = 2) -> 
         yield Workers(children, channels)
 
 
-async def ask(channel: Channel, method: object, request: GenerateRequest) -> Answer:
+async def ask(channel: Channel, method: ServerStream[GenerateRequest, Event], request: GenerateRequest) -> Answer:
     answer = Answer()
-    async with channel.stream(method, request, timeout_s=60.0) as events:  # type: ignore[arg-type]
+    async with channel.stream(method, request, timeout_s=60.0) as events:
         async for event in events:
             answer.events.append(event)
     return answer
@@ -113,7 +123,7 @@ async def test_split_equals_decode_alone(tmp_path: Path, transport: str) -> None
             assert is_whole(rest, start=1)
             assert rest.last.usage.loaded_tokens == length
             assert rest.last.usage.blocks_moved == -(-length // BLOCK_SIZE)
-            fresh = replace(request, request_id=request.request_id + "-alone", scopes=_scopes(b"other"))
+            fresh = replace(request, request_id=RequestId(request.request_id + "-alone"), scopes=_scopes(b"other"))
             alone = await ask(decode, Decode.GENERATE, fresh)
             assert alone.last.usage.cached_tokens == 0
             assert first.ids + rest.ids == alone.ids
@@ -144,7 +154,7 @@ async def test_retain_demotes_and_sigterm_drains(tmp_path: Path) -> None:
         await assert_eventually(demoted, timeout_s=10)
         loaded = await decode.call(Decode.LOAD, Empty(), timeout_s=5)
         assert loaded.pinned_blocks == 0
-        long = replace(prompt(30), request_id="long", sampling=replace(prompt(30).sampling, max_tokens=400))
+        long = replace(prompt(30), request_id=RequestId("long"), sampling=replace(prompt(30).sampling, max_tokens=400))
         answers: list[Answer] = []
 
         async def run() -> None:
@@ -168,13 +178,13 @@ async def test_a_missing_model_exits_with_three(tmp_path: Path) -> None:
             await Child.start(spec, tmp_path / "log", timeout_s=60)
 
 
-def _scopes(root: bytes) -> tuple[object, ...]:
+def _scopes(root: bytes) -> tuple[KvScope, ...]:
     (scope,) = prompt(1).scopes
     return (replace(scope, chain_root=root),)
 
 
-async def _is_zero(count: object) -> bool:
-    return await count() == 0  # type: ignore[operator, no-any-return]
+async def _is_zero(count: Callable[[], Awaitable[int]]) -> bool:
+    return await count() == 0
 
 
 async def _is_running(channel: Channel) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from covey.engine.engine import Engine
 from covey.engine.fake import FakeRunner, FakeVocabulary
 from covey.engine.limits import EngineLimits
+from covey.model.plan import StepOutcome, StepPlan
 from covey.policy.batching import BatchLimits
 from covey.testing import assert_eventually
 from covey.types.generate import (
@@ -348,3 +349,40 @@ async def test_leaving_lets_running_requests_end() -> None:
         tg.start_soon(ask, engine)
         await assert_eventually(lambda: engine.board.generated_tokens > 1)
     assert len(answers[0].ids) == 30
+
+
+class BrokenRunner(FakeRunner):
+    """Fails at its third step, as torch out of memory does."""
+
+    def step(self, plan: StepPlan) -> StepOutcome:
+        if self.steps == 2:
+            raise RuntimeError("broken")
+        return super().step(plan)
+
+
+async def test_a_crash_of_the_runner_fails_the_streams_and_leaves_as_an_error() -> None:
+    answers = []
+
+    async def ask(engine: Engine) -> None:
+        answers.append(await collect(engine, request_of(PROMPT, max_tokens=30)))
+
+    with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="broken"), flatten_subgroups=True):
+        async with anyio.create_task_group() as tg, running_engine(BrokenRunner()) as engine:
+            tg.start_soon(ask, engine)
+            await anyio.sleep_forever()
+    assert answers[0].last.code == "UNAVAILABLE"
+    assert answers[0].last.retryable
+
+
+async def test_streams_that_outlast_the_grace_fail_retryable() -> None:
+    answers = []
+
+    async def ask(engine: Engine) -> None:
+        answers.append(await collect(engine, request_of(PROMPT, max_tokens=200)))
+
+    async with anyio.create_task_group() as tg, running_engine(FakeRunner(step_s=0.02), grace_s=0.1) as engine:
+        tg.start_soon(ask, engine)
+        await assert_eventually(lambda: engine.board.generated_tokens > 1)
+    assert isinstance(answers[0].last, Failed)
+    assert (answers[0].last.code, answers[0].last.retryable) == ("UNAVAILABLE", True)
+    assert is_whole(answers[0])

@@ -73,6 +73,17 @@ async def test_pins_never_hold_more_than_their_share() -> None:
         engine.check()
 
 
+async def test_a_pin_gives_way_when_nothing_else_would_make_room() -> None:
+    shelf, runner = Shelf(), FakeRunner(n_blocks=12, context_limit=96)
+    async with running_engine(runner, store=shelf) as engine:
+        answer = await collect(engine, request_of(PROMPT, max_tokens=12))
+        await engine.retain(RetainRequest(lease=answer.last.lease, ttl_s=60))
+        large = await collect(engine, request_of(tuple(range(40, 110)), request_id="large", max_tokens=20))
+        assert len(large.ids) == 20
+        assert shelf.stats.blocks >= 5  # demoted, not lost
+        await assert_idle(engine)
+
+
 async def test_stopping_demotes_what_is_pinned() -> None:
     shelf = Shelf()
     async with running_engine(store=shelf, limits=EngineLimits(grace_s=60.0)) as engine:
