@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
+from covey.errors import Fenced
 from covey.net.bus import Stream
 from covey.policy.flow_event import FlowChange
 from covey.types.ids import RunId
@@ -22,7 +23,7 @@ class Journal:
 
     async def create(self, run_id: RunId, created: Created) -> int:
         """Begin a run. Raises `Fenced` when it has begun already."""
-        return await self._append(run_id, encode_created(created), last=0)
+        return await self._append(run_id, encode_created(created, self._owner), last=0)
 
     async def append(self, run_id: RunId, events: Sequence[FlowChange], *, last: int) -> int:
         """Add events after record `last` of the run; return this record's number.
@@ -31,12 +32,20 @@ class Journal:
             Fenced: the run has another last record: somebody else writes it.
             Unavailable, Overloaded: not stored, or not known to be; repeating the call is safe.
         """
-        return await self._append(run_id, encode_changes(events), last=last)
+        return await self._append(run_id, encode_changes(events, self._owner), last=last)
 
     async def _append(self, run_id: RunId, payload: bytes, *, last: int) -> int:
-        # The id makes a repeated append one record; it names the owner, so that two owners are never one.
-        msg_id = f"{run_id}:{last}:{self._owner}"
-        return await self._log.append(f"{SUBJECT}.{run_id}", payload, expected_seq=last, msg_id=msg_id)
+        subject = f"{SUBJECT}.{run_id}"
+        try:
+            return await self._log.append(subject, payload, expected_seq=last, msg_id=f"{run_id}:{last}:{self._owner}")
+        except Fenced:
+            # Perhaps by ourselves: an earlier try was stored and its answer lost. The server looks at the expected
+            # number before it looks for a repeated id, so we look at what stands there; owners' records differ.
+            async for record in self._log.read(subject, last + 1):
+                if record.payload == payload:
+                    return record.seq
+                break
+            raise
 
     async def read(self, run_id: RunId | None = None) -> AsyncIterator[tuple[RunId, int, bytes]]:
         """Yield (run, record number, record) of one run or of all, in the order they were written."""

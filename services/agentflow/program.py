@@ -39,7 +39,8 @@ GET_TIMEOUT_S = 60.0
 GET_MARGIN_S = 5.0
 CHUNK_CHARS = 1024**2
 """Texts in one request; a message holds 4 MiB."""
-TTL_S = 86_400.0
+TTL_S = 3600.0
+"""The gateway forgets a program that nobody asked about for so long; a run that goes on opens it anew."""
 
 
 class Gateways(Protocol):
@@ -113,8 +114,8 @@ class Program:
             try:
                 return await self._call(Programs.GET, request, timeout_s=GET_TIMEOUT_S + GET_MARGIN_S)
             except DeadlineExceeded:
-                if self._clock.now() - began < GET_TIMEOUT_S:
-                    raise  # the call's own deadline, not that of our wait
+                if self._clock.now() - began < GET_TIMEOUT_S - GET_MARGIN_S:
+                    raise  # the call's own deadline, not that of our wait; late ones are told apart by asking again
 
     async def ack(self, names: Sequence[str]) -> None:
         """Let the gateway forget values that are journaled; a lost one costs it memory until the program closes."""

@@ -42,13 +42,15 @@ class Created(msgspec.Struct, frozen=True, kw_only=True, tag="created"):
     workflow: str
     spec: bytes = b""
     spec_blob: str = ""
+    owner: str = ""
     schema: int = SCHEMA
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True, tag="changes"):
-    """Later records: events that became true together, as `(kind, fields)`."""
+    """Later records: events that became true together, as `(kind, fields)`; `owner` tells equal ones of two apart."""
 
     events: list[tuple[str, msgspec.Raw]]
+    owner: str = ""
     schema: int = SCHEMA
 
 
@@ -61,13 +63,13 @@ def digest_of(submit: SubmitRun) -> bytes:
     return blake2b(msgspec.msgpack.encode(submit, order="deterministic"), digest_size=16).digest()
 
 
-def encode_created(created: Created) -> bytes:
-    return _encoder.encode(created)
+def encode_created(created: Created, owner: str) -> bytes:
+    return _encoder.encode(msgspec.structs.replace(created, owner=owner))
 
 
-def encode_changes(events: Sequence[FlowChange]) -> bytes:
+def encode_changes(events: Sequence[FlowChange], owner: str) -> bytes:
     pairs = [(type(event).__name__, msgspec.Raw(_encoder.encode(event))) for event in events]
-    return _encoder.encode(Changes(events=pairs))
+    return _encoder.encode(Changes(events=pairs, owner=owner))
 
 
 def parts(events: Sequence[FlowChange]) -> Iterator[Sequence[FlowChange]]:

@@ -29,6 +29,8 @@ from services.agentflow.servicer import Servicer
 from services.agentflow.toolbox import Toolbox
 from services.agentflow.work import Surroundings
 
+LOCAL_TENANT = TenantId("local")
+LOCAL_KEY_FILE = "api_key"
 STOP_S = 5.0
 """What executors get to journal what they hold; the rest is done by the next owner."""
 
@@ -86,7 +88,7 @@ async def opened_runs(
 
 async def serve(config: Config, rt: Runtime) -> None:
     """Run agentflow until the process is told to stop."""
-    keys = ApiKeys({TenantId(name): read_secret(tenant.key_file) for name, tenant in config.tenants.items()})
+    keys = ApiKeys(_key_files(config, rt))
     blobs, toolbox = Blobs(config.blob_path()), Toolbox()
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(rt.bus())
@@ -110,3 +112,10 @@ async def serve(config: Config, rt: Runtime) -> None:
         # Runs first: a tool lost while its run is still driven would count as a failed attempt.
         await runs.stop(STOP_S)
         toolbox.close()
+
+
+def _key_files(config: Config, rt: Runtime) -> dict[TenantId, str]:
+    """Return each tenant's keys; without any tenant, the key that the gateway of the same run folder made up."""
+    if config.tenants:
+        return {TenantId(name): read_secret(tenant.key_file) for name, tenant in config.tenants.items()}
+    return {LOCAL_TENANT: read_secret(rt.run_dir / LOCAL_KEY_FILE)}

@@ -6,6 +6,6 @@ import os
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers abort children that are forked amid calls
 
-from grpc import aio  # noqa: E402
+from grpc import aio
 
 aio.init_grpc_aio()  # or the last call's disposal joins a thread, wherever the collector happens to run
