@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -48,15 +49,16 @@ class Generations:
         async with x.while_connected(), self._completions.open(job) as completion:
             if body.stream:
                 options = body.stream_options or StreamOptions()
-                view = _StreamView(x, completion, shape, has_usage=options.include_usage)
+                view = _StreamView(x, completion, shape, has_usage=options.include_usage, has_ids=body.return_token_ids)
                 await view.run(self._settings.heartbeat_s)
             else:
-                await _collect(x, completion, shape)
+                await _collect(x, completion, shape, has_ids=body.return_token_ids)
 
 
-async def _collect(x: Exchange, completion: Completion, shape: Shape) -> None:
+async def _collect(x: Exchange, completion: Completion, shape: Shape, *, has_ids: bool) -> None:
     texts: dict[int, list[str]] = defaultdict(list)
     logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
+    ids: dict[int, list[int]] = defaultdict(list)
     done: dict[int, ChoiceDone] = {}
     end: Completed | None = None
     async for event in completion:
@@ -64,6 +66,7 @@ async def _collect(x: Exchange, completion: Completion, shape: Shape) -> None:
             case Delta():
                 texts[event.index].append(event.text)
                 logprobs[event.index] += event.logprobs
+                ids[event.index] += event.ids
             case ChoiceDone():
                 done[event.index] = event
             case Completed():
@@ -73,7 +76,8 @@ async def _collect(x: Exchange, completion: Completion, shape: Shape) -> None:
     assert end is not None, "a completion ends with Completed or an error"
     body = _head(completion, shape, shape.kind) | {
         "choices": [
-            shape.whole(i, "".join(texts[i]), tuple(logprobs[i]), choice.reason) for i, choice in sorted(done.items())
+            shape.whole(i, "".join(texts[i]), tuple(logprobs[i]), choice.reason) | _ids(ids[i], has_ids=has_ids)
+            for i, choice in sorted(done.items())
         ],
         "usage": usage_json(end.usage),
         "covey": covey_json(end, x.request_id),
@@ -84,11 +88,12 @@ async def _collect(x: Exchange, completion: Completion, shape: Shape) -> None:
 class _StreamView:
     """One stream: role first, text, finish reasons, usage, `[DONE]`; comments while nothing comes."""
 
-    def __init__(self, x: Exchange, completion: Completion, shape: Shape, *, has_usage: bool) -> None:
+    def __init__(self, x: Exchange, completion: Completion, shape: Shape, *, has_usage: bool, has_ids: bool) -> None:
         self._x = x
         self._completion = completion
         self._shape = shape
         self._has_usage = has_usage
+        self._has_ids = has_ids
         self._stream = EventStream(x)
         self._chars: dict[int, int] = defaultdict(int)
         self._held: Json | None = None
@@ -132,11 +137,12 @@ class _StreamView:
 
     async def _send(self, event: CompletionEvent) -> None:
         match event:
-            case Delta() if event.text or event.logprobs:
+            case Delta() if event.text or event.logprobs or self._has_ids:
                 await self._flush()
                 before = self._chars[event.index]
                 self._chars[event.index] += len(event.text)
-                await self._chunk([self._shape.delta(event.index, event.text, event.logprobs, before)])
+                choice = self._shape.delta(event.index, event.text, event.logprobs, before)
+                await self._chunk([choice | _ids(event.ids, has_ids=self._has_ids)])
             case ChoiceDone():
                 await self._flush()
                 self._held = self._shape.finish(event.index, event.reason)
@@ -164,6 +170,10 @@ class _StreamView:
         if self._has_usage:
             chunk["usage"] = usage
         await self._stream.data(chunk | (extra or {}))
+
+
+def _ids(ids: Sequence[int], *, has_ids: bool) -> Json:
+    return {"token_ids": list(ids)} if has_ids else {}
 
 
 def _head(completion: Completion, shape: Shape, kind: str) -> dict[str, Any]:

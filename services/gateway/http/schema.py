@@ -65,6 +65,8 @@ class _Generation(_Strict, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     min_tokens: Natural | None = None
     ignore_eos: bool = False
+    return_token_ids: bool = False
+    """Each choice also carries the ids of its tokens (vLLM's name for it)."""
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     cache: Literal["use", "bypass", "no-store", "refresh"] = "use"
 
