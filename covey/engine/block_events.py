@@ -23,6 +23,7 @@ class BlockEvents:
     def __init__(self, publisher: KvEventPublisher, worker: WorkerId) -> None:
         self._publisher = publisher
         self._worker = worker
+        self._has_lost = False
         self._send, self._receive = anyio.create_memory_object_stream[BlockChanges](QUEUED_MAX)
 
     def note(self, changes: BlockChanges) -> None:
@@ -30,12 +31,15 @@ class BlockEvents:
         try:
             self._send.send_nowait(changes)
         except anyio.WouldBlock:
-            self._publisher.seq += 1  # a missing number: subscribers ask for a snapshot
+            self._has_lost = True
 
     async def run(self) -> None:
         """Publish what is queued, until cancelled."""
         with self._send, self._receive:
             async for changes in self._receive:
+                if self._has_lost:
+                    self._has_lost = False
+                    self._publisher.seq += 1  # a missing number: subscribers ask for a snapshot
                 for kind, keys in ((KvEventKind.EVICTED, changes.evicted), (KvEventKind.STORED, changes.stored)):
                     for namespace, hashes in _by_namespace(keys).items():
                         await self._publisher.publish(kind, namespace, hashes)

@@ -131,3 +131,33 @@ async def test_the_tokens_of_survivors_do_not_change_when_others_leave() -> None
             await abandon(engine, request_of(tokens, request_id=f"goes{index}", max_tokens=50), Tokens)
         await assert_eventually(lambda: answers)
         assert answers[0].ids == expected.ids
+
+
+async def test_cancelling_after_any_number_of_turns_leaves_nothing() -> None:
+    shelf = Shelf()
+    limits = EngineLimits(grace_s=0.0)
+    finished = 0
+    async with (
+        running_engine(role=Role.PREFILL, store=shelf, limits=limits, name="p") as prefill,
+        running_engine(store=shelf, limits=limits, name="d") as decode,
+    ):
+        for turns in range(0, 300, 3):
+            request = request_of((*range(1, 40), turns % 199 + 1), request_id=str(turns), max_tokens=8)
+
+            async def run(request: GenerateRequest) -> None:
+                nonlocal finished
+                first = await collect(prefill, request)
+                assert isinstance(first.last, Handover), first.last
+                await collect(decode, plain(request, ticket=first.last.ticket))
+                finished += 1
+
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(run, request)
+                for _ in range(turns):
+                    await anyio.lowlevel.checkpoint()
+                tg.cancel_scope.cancel()
+            await prefill.cancel(request.request_id)
+        await assert_idle(prefill)
+        await assert_idle(decode)
+        await assert_eventually(lambda: shelf.stats.leases == shelf.stats.private_blocks == 0)
+    assert finished > 0
