@@ -30,6 +30,9 @@ def _disarmed() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_blocking() -> Iterator[None]:
-    """Fail a test in which our code makes a blocking call on the event loop; tests themselves may."""
-    with blockbuster_ctx(scanned_modules=["covey", "services"], excluded_modules=["covey.testing"]):
+    """Fail a test in which our code makes a blocking call on the event loop.
+
+    Tests themselves may, and so may the command line: its loop serves nobody.
+    """
+    with blockbuster_ctx(scanned_modules=["covey", "services"], excluded_modules=["covey.testing", "covey.cli"]):
         yield
