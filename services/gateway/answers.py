@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
 
@@ -44,7 +44,8 @@ def query_for(
     """
     if sampling.logprobs is not None:
         return None  # kept answers have none
-    shape = (job.model, revision, job.params.stop, astuple(replace(sampling, seed=0)))
+    biases = sorted(sampling.logit_bias.items())
+    shape = (job.model, revision, job.params.stop, biases, astuple(replace(sampling, seed=0, logit_bias={})))
     exact = b""
     if sampling.temperature == 0:
         exact = _key("exact", shape, token_ids)
@@ -148,5 +149,4 @@ def _last_turn(messages: tuple[Message, ...]) -> tuple[str, tuple[tuple[str, str
 
 
 def _key(kind: str, *parts: object) -> bytes:
-    encode: Callable[[object], bytes] = msgspec.msgpack.Encoder(order="deterministic").encode
-    return blake2b(encode((kind, *parts)), digest_size=16, person=b"covey-answer").digest()
+    return blake2b(msgspec.msgpack.encode((kind, *parts)), digest_size=16, person=b"covey-answer").digest()

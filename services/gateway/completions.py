@@ -11,6 +11,7 @@ import anyio
 
 from covey.clock import Clock
 from covey.errors import CoveyError
+from covey.net.tasks import background_tasks
 from covey.types.generate import Timings, Usage
 from covey.types.program import ChoiceDone, Completed
 
@@ -61,15 +62,9 @@ class Completions:
         """Start a job and own it for a block; iterating raises what it failed with. Raises NotFound for the model."""
         model = self._catalog.find(job.model)
         completion = Completion(job, model.name, int(self._clock.wall()), self._stream_events_max)
-        try:
-            async with anyio.create_task_group() as tg:
-                tg.start_soon(self._produce, completion, model)
-                try:
-                    yield completion
-                finally:
-                    tg.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise first_error(group) from None
+        async with background_tasks() as tg:
+            tg.start_soon(self._produce, completion, model)
+            yield completion
 
     async def _produce(self, completion: Completion, model: LocalModel | RemoteModel) -> None:
         began = self._clock.now()

@@ -11,6 +11,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from covey.errors import CoveyError
+from covey.net.tasks import background_tasks
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,8 @@ class Errands:
     @asynccontextmanager
     async def open(cls, *, errands_max: int = 64, timeout_s: float = 5.0) -> AsyncIterator[Self]:
         """Own errands for a block; what still runs when it is left is cancelled."""
-        async with anyio.create_task_group() as tg:
+        async with background_tasks() as tg:
             yield cls(tg, errands_max=errands_max, timeout_s=timeout_s)
-            tg.cancel_scope.cancel()
 
     def run(self, errand: Callable[[], Awaitable[object]], name: str) -> bool:
         """Start an errand; False when it was dropped."""

@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup, TaskStatus
 from prometheus_client import CollectorRegistry
 
 from covey.auth import ApiKeys
@@ -17,6 +18,7 @@ from covey.codec.methods import Decode, Prefill, SemCache
 from covey.errors import CoveyError, Unavailable
 from covey.net.memory import MemoryNetwork
 from covey.net.rpc import Call, Handlers
+from covey.net.tasks import background_tasks
 from covey.types.event import WorkerRecord, WorkerState
 from covey.types.generate import (
     Accepted,
@@ -274,20 +276,19 @@ class FakeDirectory:
 class FakeMesh:
     """Workers on a `MemoryNetwork` and one assembled gateway before them."""
 
-    def __init__(self, network: MemoryNetwork, stack: AsyncExitStack) -> None:
+    def __init__(self, network: MemoryNetwork, stack: AsyncExitStack, tg: TaskGroup) -> None:
         self.network = network
+        self._tg = tg
         self.directory = FakeDirectory()
         self.metrics = CollectorRegistry()
         self._stack = stack
 
     async def add(self, worker: FakeWorker) -> FakeWorker:
-        server = await self._stack.enter_async_context(
-            self.network.serve("127.0.0.1:0", worker.handlers(), grace_s=0.0)
-        )
+        address = await self._tg.start(self._host, worker.handlers())
         record = WorkerRecord(
             worker=WorkerId(worker.name),
             role=worker.role,
-            address=server.address,
+            address=address,
             epoch=worker.epoch,
             state=WorkerState.READY,
             engine=worker.info(),
@@ -297,16 +298,21 @@ class FakeMesh:
         return worker
 
     async def add_semcache(self, cache: FakeSemCache) -> FakeSemCache:
-        server = await self._stack.enter_async_context(self.network.serve("127.0.0.1:0", cache.handlers(), grace_s=0.0))
+        address = await self._tg.start(self._host, cache.handlers())
         self.directory.records["semcache"] = WorkerRecord(
             worker=WorkerId("semcache"),
             role=Role.SEMCACHE,
-            address=server.address,
+            address=address,
             epoch=1,
             state=WorkerState.READY,
             labels={"embedding_model": "tiny-embedder"},
         )
         return cache
+
+    async def _host(self, handlers: Handlers, *, task_status: TaskStatus[str]) -> None:
+        async with self.network.serve("127.0.0.1:0", handlers, grace_s=0.0) as server:
+            task_status.started(server.address)
+            await anyio.sleep_forever()
 
     def kill(self, worker: FakeWorker) -> None:
         """As SIGKILL does: streams end, new calls fail; the registry has not noticed yet."""
@@ -334,8 +340,8 @@ class FakeMesh:
 
 @asynccontextmanager
 async def fake_mesh() -> AsyncIterator[FakeMesh]:
-    async with AsyncExitStack() as stack:
-        yield FakeMesh(MemoryNetwork(), stack)
+    async with background_tasks() as tg, AsyncExitStack() as stack:
+        yield FakeMesh(MemoryNetwork(), stack, tg)
 
 
 def fast(split: str = "never", **changes: Any) -> Config:

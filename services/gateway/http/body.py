@@ -62,19 +62,16 @@ def parse(data: bytes, cls: type[T]) -> T:
         NotSupportedYet: a field of OpenAI's that is not supported yet; `field` is its path.
     """
     try:
-        return msgspec.json.decode(data, type=cls, strict=True)
-    except msgspec.ValidationError:
-        pass  # perhaps only because of nulls
-    except msgspec.DecodeError as error:
-        raise InvalidArgument(f"the body is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise InvalidArgument("the body is nested too deeply") from error
-    try:
-        return msgspec.convert(_without_nulls(msgspec.json.decode(data)), cls, str_keys=True)
+        try:
+            return msgspec.json.decode(data, type=cls, strict=True)
+        except msgspec.ValidationError:  # perhaps only because of nulls
+            return msgspec.convert(_without_nulls(msgspec.json.decode(data)), cls, str_keys=True)
     except msgspec.ValidationError as error:
         raise _named(error) from error
     except msgspec.DecodeError as error:
         raise InvalidArgument(f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidArgument("the body is nested too deeply") from error
 
 
 def _without_nulls(value: Any) -> Any:

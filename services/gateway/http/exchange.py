@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from covey.auth import ApiKeys, Principal
 from covey.errors import Cancelled, CoveyError, Internal, PayloadTooLarge
 from covey.net.call import extracted
-from services.gateway.completions import first_error
+from covey.net.tasks import background_tasks
 
 from .body import parse, read_body
 from .errors import error_body, error_headers
@@ -27,6 +27,8 @@ T = TypeVar("T")
 SEND_S = 30.0
 """A client that takes nothing for so long is disconnected."""
 REQUEST_ID_CHARS_MAX = 64
+LINGER_S = 2.0
+"""How long a refused body is still taken and thrown away."""
 
 _encoder = msgspec.json.Encoder()
 
@@ -78,15 +80,9 @@ class Exchange:
     @asynccontextmanager
     async def while_connected(self) -> AsyncIterator[None]:
         """Cancel the block when the client goes away; use it after the body was read."""
-        try:
-            async with anyio.create_task_group() as tg:
-                tg.start_soon(self._watch, tg.cancel_scope)
-                try:
-                    yield
-                finally:
-                    tg.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise first_error(group) from None
+        async with background_tasks() as tg:
+            tg.start_soon(self._watch, tg.cancel_scope)
+            yield
 
     async def _watch(self, scope: anyio.CancelScope) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -98,10 +94,22 @@ class Exchange:
         """Answer with an error, if nothing was answered yet."""
         if self.is_started or self.is_gone or isinstance(error, Cancelled):
             return
-        headers = error_headers(error)
         if isinstance(error, PayloadTooLarge):
-            headers["connection"] = "close"  # the rest of the body is not read
-        await self.reply(error_body(error), status=error.http, headers=headers)
+            await self._refuse_body(error)
+        else:
+            await self.reply(error_body(error), status=error.http, headers=error_headers(error))
+
+    async def _refuse_body(self, error: PayloadTooLarge) -> None:
+        """Answer at once, then discard for a while: a connection closed on unread data loses the answer too."""
+        data = _encoder.encode(error_body(error))
+        headers = error_headers(error) | {"content-length": str(len(data)), "connection": "close"}
+        await self.start("application/json", status=error.http, headers=headers)
+        await self.send_body(data, more=True)
+        with anyio.move_on_after(LINGER_S):
+            while (message := await self._receive())["type"] == "http.request":
+                if not message.get("more_body", False):
+                    break
+        await self.send_body(b"", more=False)
 
 
 class Guarded:

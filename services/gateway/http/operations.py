@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Final
 
 import prometheus_client
 
@@ -23,6 +23,16 @@ from .openapi import DOCUMENT
 from .schema import EmbeddingsBody, TokenizeBody
 
 EMBED_TIMEOUT_S = 60.0
+
+
+def _version() -> str:
+    try:
+        return version("covey")
+    except PackageNotFoundError:  # run from a source tree
+        return "0"
+
+
+VERSION: Final = _version()
 
 
 class Operations:
@@ -96,14 +106,14 @@ class Operations:
             await x.reply({"status": "ready"})
 
     async def version(self, x: Exchange) -> None:
-        await x.reply({"version": _version()})
+        await x.reply({"version": VERSION})
 
     async def metrics(self, x: Exchange) -> None:
         data = prometheus_client.generate_latest(self._registry)
         await x.reply_bytes(data, prometheus_client.CONTENT_TYPE_LATEST)
 
     async def openapi(self, x: Exchange) -> None:
-        await x.reply(DOCUMENT | {"info": {"title": "Covey", "version": _version()}})
+        await x.reply(DOCUMENT | {"info": {"title": "Covey", "version": VERSION}})
 
     def _card(self, card: ModelCard) -> dict[str, Any]:
         return {
@@ -119,10 +129,3 @@ class Operations:
 def _base64(values: tuple[float, ...]) -> str:
     """Little-endian float32, as OpenAI's client decodes it."""
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
-
-
-def _version() -> str:
-    try:
-        return version("covey")
-    except PackageNotFoundError:  # run from a source tree
-        return "0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 
 import msgspec
@@ -14,8 +15,6 @@ from covey.types.program import SemanticCall
 from services.gateway.models import Catalog
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-
-_encoder = msgspec.msgpack.Encoder(order="deterministic")
 
 
 def nodes_of(calls: Sequence[SemanticCall], catalog: Catalog) -> list[Node]:
@@ -55,5 +54,11 @@ def _node(i: int, call: SemanticCall, catalog: Catalog) -> Node:
     except NotFound as error:
         raise NotFound(f"call {call.call_id!r}: {error.message}", field=f"{where}.model") from error
     inputs = dict.fromkeys(name for message in call.messages for name in template.names(message.content))
-    digest = blake2b(_encoder.encode(call), digest_size=16).digest()
-    return Node(call_id=call.call_id, inputs=tuple(inputs), output=call.output, digest=digest)
+    return Node(call_id=call.call_id, inputs=tuple(inputs), output=call.output, digest=_digest(call))
+
+
+def _digest(call: SemanticCall) -> bytes:
+    """Equal for equal bodies, in whatever order their maps came."""
+    plain = replace(call, params=replace(call.params, logit_bias={}))
+    body = msgspec.msgpack.encode((plain, sorted(call.params.logit_bias.items())))
+    return blake2b(body, digest_size=16).digest()

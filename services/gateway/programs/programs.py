@@ -13,6 +13,7 @@ from anyio.abc import TaskGroup
 
 from covey.clock import Clock
 from covey.errors import Cancelled, CoveyError, DeadlineExceeded, NotFound, Overloaded
+from covey.net.tasks import background_tasks
 from covey.policy.dag import CallState
 from covey.types.ids import CallId, ProgramId, RequestId, TenantId
 from covey.types.program import (
@@ -86,13 +87,10 @@ class Programs:
         deadline_s: float,
     ) -> AsyncIterator[Self]:
         """Own programs for a block; their calls are cancelled when it is left."""
-        async with anyio.create_task_group() as tg:
+        async with background_tasks() as tg:
             programs = cls(tg, completions, catalog, clock, metrics, settings, deadline_s=deadline_s)
             tg.start_soon(programs._sweep_often)
-            try:
-                yield programs
-            finally:
-                tg.cancel_scope.cancel()
+            yield programs
 
     @property
     def count(self) -> int:
