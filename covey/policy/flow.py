@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Protocol
 
 from covey.errors import CoveyError, FailedPrecondition
 from covey.policy.flow_event import (
@@ -19,11 +20,16 @@ from covey.policy.flow_event import (
 )
 from covey.policy.flow_state import Effect, End, Expire, FlowLimits, NodeRun, Start
 from covey.policy.workflow import Graph
-from covey.retry import Rng
 from covey.types.flow import NodeState, RunState
 
 ENDED = (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)
 ERROR_CHARS_MAX = 1024
+
+
+class Rng(Protocol):
+    """Where jitter comes from: a `random.Random`."""
+
+    def uniform(self, a: float, b: float, /) -> float: ...
 
 
 class FlowRun:
