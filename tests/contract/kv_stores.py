@@ -7,7 +7,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ class StoreProcess:
         assert self._process is not None
         return self._process.pid
 
-    def start(self, timeout_s: float = 30.0) -> None:
+    def start(self, timeout_s: float = 30.0, env: Mapping[str, str] | None = None) -> None:
         read_fd, write_fd = os.pipe()
         settings = (
             "nats=", f"listen={self.address}", f"run_dir={self._directory}", f"arena_dir={self.arena_dir}",
@@ -61,6 +61,7 @@ class StoreProcess:
                 [sys.executable, "-m", "services.kvstore", "--ready-fd", str(write_fd), *flags],
                 pass_fds=(write_fd,),
                 stderr=log,
+                env={**os.environ, **(env or {})},
             )
         os.close(write_fd)
         try:

@@ -100,6 +100,21 @@ async def test_what_was_stored_comes_back(kind: str, own: StoreProcess) -> None:
         assert (await it.stats()).leased_blocks == 0
 
 
+async def test_what_a_writer_or_a_pin_holds_can_be_loaded(kind: str, process: StoreProcess) -> None:
+    async with subject(kind, process) as it:
+        where, blocks = key(), chain(3)
+        data = content(3)
+        written = await put(it.store, where, blocks, data)
+        into = buffers(3)
+        assert await it.store.load(written, into) == 3
+        assert into == data
+        pinned = await it.store.pin(where, names(blocks[:2]), owner="tool", ttl_s=5.0)
+        into = buffers(2)
+        assert await it.store.load(pinned, into) == 2
+        assert into == data[:2]
+        await pinned.release()
+
+
 async def test_a_shape_of_many_dimensions_is_taken_as_it_lies(kind: str, process: StoreProcess) -> None:
     async with subject(kind, process) as it:
         where, blocks = key(), chain(1)

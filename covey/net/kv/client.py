@@ -36,6 +36,9 @@ from covey.types.store import Held, StoreKey
 PENDING_WAIT_S = 0.02
 """Between two looks at a block that another writer fills."""
 
+LOADER = "load"
+"""Owner of the lease under which blocks of a writer's lease or a pin are read."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvClientConfig:
@@ -95,10 +98,12 @@ class KvClient:
         """Copy leased blocks into buffers, verified; return how many leading ones are good. Raises `LeaseExpired`."""
         if not isinstance(held, StoreHeld):
             return 0
+        held.check()
+        if len(held.locations) < len(held.hashes):  # a writer's lease or a pin says what it covers, not where
+            return await self._load_anew(held, into)
         shape = held.key.shape
         count = min(len(held.locations), len(into))
         buffers = [_flat(view, shape.size_bytes, f"into[{i}]") for i, view in enumerate(into[:count])]
-        held.check()
         try:
             mapping = await held.node.mapping(held.grant.epoch)
         except CoveyError:
@@ -109,6 +114,7 @@ class KvClient:
             timeout_s = self._config.transfer_timeout_s
             loaded = await load_remote(held, buffers, timeout_s=timeout_s, limiter=self._copies)
         if loaded.fault:
+            await held.confirm()  # a store that started anew has other blocks where these were
             await self._quarantine(held, held.hashes[loaded.good], loaded.fault)
         return loaded.good
 
@@ -180,6 +186,18 @@ class KvClient:
         return NothingHeld()
 
     # -- one node ----------------------------------------------------------------
+
+    async def _load_anew(self, held: StoreHeld, into: Sequence[memoryview]) -> int:
+        try:
+            reader = await self._lookup_at(held.node, held.key, held.hashes, LOADER, held.grant.ttl_s)
+        except Unavailable:
+            return 0
+        if reader is None:
+            return 0
+        try:
+            return await self.load(reader, into)
+        finally:
+            await reader.release()
 
     async def _lookup_at(
         self, node: Node, key: StoreKey, hashes: tuple[BlockHash, ...], owner: str, ttl_s: float

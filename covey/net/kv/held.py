@@ -72,6 +72,16 @@ class StoreHeld:
             return
         self._ends_at = max(self._ends_at, asked_at + renewed.ttl_s)
 
+    async def confirm(self) -> None:
+        """Ask the node whether the lease stands. Raises `LeaseExpired`; a node that is gone says nothing."""
+        request = RenewRequest(lease=self.grant.lease, epoch=self.grant.epoch, done=0, ttl_s=self.grant.ttl_s)
+        try:
+            await self.node.call(KvStore.RENEW, request)
+        except (LeaseExpired, Fenced) as error:
+            raise LeaseExpired("the lease on these blocks has ended; look them up again", field="lease") from error
+        except CoveyError:
+            return
+
     async def release(self) -> None:
         """Give the lease back; safe to call twice, and in a cancelled scope; never raises for a node that is gone."""
         if self._released:

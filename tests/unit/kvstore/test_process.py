@@ -381,3 +381,48 @@ async def test_layers_that_do_not_divide_a_block_are_refused(process: StoreProce
         where = key(BlockShape(size_bytes=100, layers=3))
         with pytest.raises(InvalidArgument):
             await put(client, where, chain(1), [memoryview(os.urandom(100))])
+
+
+@pytest.mark.faults
+async def test_a_store_that_started_anew_is_not_blamed_for_what_its_predecessor_held(fresh: StoreProcess) -> None:
+    async with connected(fresh) as (client, channel):
+        where, blocks = key(), chain(2)
+        data = content(2)
+        await put(client, where, blocks, data)
+        held = await find(client, where, blocks)
+        fresh.kill()
+        fresh.start()
+
+        async def stored() -> bool:
+            try:
+                await put(client, where, blocks, data)
+            except Unavailable:
+                return False
+            return True
+
+        await assert_eventually(stored, 10.0)  # maps the new arena
+        assert isinstance(held, StoreHeld)
+        held.node._mapped_epoch = held.grant.epoch  # as if the restart had come between look-up and mapping
+        flip_byte(fresh.arena, held.locations[0].offset)
+        flip_byte(fresh.arena, held.locations[0].offset + payload_offset(SHAPE))
+        with pytest.raises(LeaseExpired):
+            await client.load(held, buffers(2))
+        assert (await stats(channel)).quarantined == 0
+
+
+@pytest.mark.faults
+async def test_a_store_that_dies_in_a_commit_leaves_nothing_half_visible(fresh: StoreProcess) -> None:
+    async with connected(fresh) as (client, _):
+        where, blocks = key(), chain(2)
+        fresh.stop()
+        fresh.start(env={"COVEY_FAILPOINTS": "kvstore.commit=crash@2"})
+        await put(client, where, blocks[:1], content(1))
+        with pytest.raises(Unavailable):
+            await put(client, where, blocks[1:], content(1))
+        assert fresh.stop() == 137, "it crashed in the commit"
+        fresh.start()
+
+        async def empty() -> bool:
+            return (await find(client, where, blocks)).hashes == ()
+
+        await assert_eventually(empty, 5.0)
