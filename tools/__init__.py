@@ -1,0 +1,1 @@
+"""Scripts of the repository: each runs as `python tools/NAME.py`."""
