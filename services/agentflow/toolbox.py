@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -69,6 +71,8 @@ class Toolbox:
     def __init__(self) -> None:
         self._sessions: dict[tuple[TenantId, str], Session] = {}
         self._changed = anyio.Event()
+        self._queues: dict[tuple[TenantId, str], OrderedDict[anyio.Event, None]] = {}
+        """Calls that wait for a place, the oldest first."""
         self._waiting = 0
 
     @property
@@ -85,7 +89,7 @@ class Toolbox:
             Overloaded: too many workers.
         """
         session = self._open(tenant, hello)
-        self._notify()
+        self._wake(tenant, session.tools)
         try:
             yield session
         finally:
@@ -156,6 +160,7 @@ class Toolbox:
             raise FailedPrecondition(message) from error
         finally:
             session.calls.pop(call.key, None)
+            self._wake(tenant, [call.tool])
             self._notify()
 
     async def stop(self, key: str, *, timeout_s: float) -> None:
@@ -171,17 +176,52 @@ class Toolbox:
                     await self._changed.wait()
 
     async def _place(self, tenant: TenantId, tool: str) -> Session:
+        session = self._best(tenant, tool)
+        if session is not None:
+            return session
         if self._waiting >= WAITING_MAX:
             raise Overloaded("too many tool calls wait for a worker", retry_after_ms=1000)
+        place = (tenant, tool)
+        me = anyio.Event()
+        self._queues.setdefault(place, OrderedDict())[me] = None
         self._waiting += 1
         try:
             while True:
-                candidates = [s for s in self._sessions.values() if s.tenant == tenant and s.free(tool) > 0]
-                if candidates:
-                    return max(candidates, key=lambda s: s.free(tool))
-                await self._changed.wait()
+                await me.wait()
+                session = self._best(tenant, tool)
+                if session is not None:
+                    return session
+                me = anyio.Event()  # somebody was quicker: wait on, in front
+                queue = self._queues.setdefault(place, OrderedDict())
+                queue[me] = None
+                queue.move_to_end(me, last=False)
         finally:
             self._waiting -= 1
+            self._leave(place, me)
+            if me.is_set() and session is None:
+                self._wake(tenant, [tool])  # cancelled with a place in hand: it is the next one's
+
+    def _leave(self, place: tuple[TenantId, str], me: anyio.Event) -> None:
+        queue = self._queues.get(place)
+        if queue is not None:
+            queue.pop(me, None)
+            if not queue:
+                del self._queues[place]
+
+    def _best(self, tenant: TenantId, tool: str) -> Session | None:
+        candidates = [s for s in self._sessions.values() if s.tenant == tenant and s.free(tool) > 0]
+        return max(candidates, key=lambda s: s.free(tool), default=None)
+
+    def _wake(self, tenant: TenantId, tools: Iterable[str]) -> None:
+        """Wake as many calls as there are free places for their tools, the oldest first."""
+        for tool in tools:
+            queue = self._queues.get((tenant, tool))
+            if not queue:
+                continue
+            free = sum(max(s.free(tool), 0) for s in self._sessions.values() if s.tenant == tenant)
+            for me in list(itertools.islice(queue, free)):
+                self._leave((tenant, tool), me)
+                me.set()
 
     def _notify(self) -> None:
         self._changed.set()

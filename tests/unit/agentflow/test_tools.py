@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from random import Random
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from covey.client.tool import tool
 from covey.client.tool_worker import serving
 from covey.codec.methods import Tools
 from covey.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
-from covey.testing import assert_eventually
+from covey.testing import assert_eventually, virtual_time
 from covey.types.flow import (
     RunState,
     SubmitRun,
@@ -64,6 +67,42 @@ async def test_a_worker_gets_no_more_calls_than_it_takes() -> None:
         assert sorted(done) == [f"w:{key}" for key in "abcde"]
         box.deliver(session, ToolResult(key="a", value="late"))
         assert session.calls == {}
+
+
+@given(st.randoms(use_true_random=False))
+def test_no_place_is_lost_when_waiting_calls_are_cancelled(random: Random) -> None:
+    @virtual_time
+    async def run() -> None:
+        box, done = Toolbox(), 0
+        spec = ToolSpec(name="t", concurrency=random.randint(1, 3))
+        with box.attached(TENANT, _hello("w", spec)) as session:
+
+            async def work() -> None:
+                async for call in session.incoming:
+                    assert isinstance(call, ToolCall)
+                    await anyio.sleep(random.random() * 0.1)
+                    box.deliver(session, ToolResult(key=call.key, value="ok"))
+
+            async def ask(key: str, patience_s: float) -> None:
+                nonlocal done
+                with anyio.move_on_after(patience_s) as scope:
+                    await box.call(TENANT, _call(key), again=False)
+                done += 1
+                assert not scope.cancelled_caught or patience_s < 1, "a place was lost"
+                box.check()
+
+            async with anyio.create_task_group() as workers:
+                for _ in range(spec.concurrency):
+                    workers.start_soon(work)
+                with anyio.fail_after(60):
+                    async with anyio.create_task_group() as tasks:
+                        for i in range(40):
+                            tasks.start_soon(ask, f"{i}", random.choice([0.0, 0.05, 0.1, 30.0]))
+                workers.cancel_scope.cancel()
+            assert done == 40
+            assert session.calls == {}
+
+    run()
 
 
 async def test_a_lost_worker_fails_its_calls_unless_they_may_not_run_twice() -> None:
