@@ -124,7 +124,7 @@ class EngineActor:
     async def _turn(self, inbox: Inbox[Message]) -> None:
         while (message := inbox.next()) is not None:
             self._handle(message)
-        now = self._clock.now()
+        now = self.board.busy_since = self._clock.now()
         self._sweep(now)
         self._admit(now)
         chunks = self.batcher.plan()
@@ -135,6 +135,7 @@ class EngineActor:
             await self._idle(inbox, now)
 
     async def _idle(self, inbox: Inbox[Message], now: float) -> None:
+        self.board.busy_since = None
         if self._is_stopping:
             await anyio.sleep(NAP_S)
             return

@@ -14,8 +14,8 @@ class Board:
     """Written by the actor alone, read by all: as fresh as its last turn."""
 
     load: EngineLoad = field(default_factory=EngineLoad)
-    step_began: float | None = None
-    """When the running step began; None between steps."""
+    busy_since: float | None = None
+    """When the actor's running turn began; None while it waits for something to do."""
     steps: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
@@ -23,8 +23,8 @@ class Board:
     lost_demotions: int = 0
 
     def is_stalled(self, now: float, stall_s: float) -> bool:
-        """Whether a step runs for so long that it must be stuck."""
-        return self.step_began is not None and now - self.step_began > stall_s
+        """Whether a turn, and the step in it, takes so long that it must be stuck."""
+        return self.busy_since is not None and now - self.busy_since > stall_s
 
     def show_load(self, batcher: Batcher, pool: BlockPool, *, is_draining: bool) -> None:
         """Write how busy the engine is."""

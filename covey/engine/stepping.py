@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from functools import partial
 
 import anyio
 
+from covey import failpoint
 from covey.clock import Clock
 from covey.model.plan import Row, Runner, StepOutcome, StepPlan
 from covey.policy.batching import Chunk
@@ -30,15 +30,15 @@ class Stepper:
         """Compute the chunks; returns the outcome and how long it took, in seconds."""
         plan = StepPlan(rows=tuple(self._row(seq, chunk) for seq, chunk in work))
         began = self._clock.now()
-        self._board.step_began = began
-        try:
-            outcome = await anyio.to_thread.run_sync(partial(self._runner.step, plan), limiter=self._one)
-        finally:
-            self._board.step_began = None
+        outcome = await anyio.to_thread.run_sync(self._run, plan, limiter=self._one)
         self._board.steps += 1
         self._board.computed_tokens += sum(len(row.tokens) for row in plan.rows)
         self._board.generated_tokens += len(outcome.sampled)
         return outcome, self._clock.now() - began
+
+    def _run(self, plan: StepPlan) -> StepOutcome:
+        failpoint.hit("engine.step")
+        return self._runner.step(plan)
 
     def _row(self, seq: Sequence, chunk: Chunk) -> Row:
         end = chunk.start + chunk.count

@@ -20,8 +20,8 @@ class BatchLimits:
     """Sequences that wait for room."""
     step_target_s: float = 0.2
     """How long a step should last: prefill chunks shrink to it, because cancellation waits for a step."""
-    chunk_min: int = 16
-    """The prefill budget never shrinks below this many tokens."""
+    chunk_min: int = 64
+    """The prefill budget never shrinks below this many tokens: smaller ones mostly pay for reading the weights."""
 
     def __post_init__(self) -> None:
         if min(self.max_tokens, self.max_running, self.chunk_min) < 1 or self.queue_max < 0 or self.step_target_s <= 0:

@@ -75,7 +75,7 @@ async def test_a_submit_that_was_left_before_it_was_taken_never_runs() -> None:
     runner = FakeRunner(step_s=0.2)
     async with running_engine(runner) as engine, anyio.create_task_group() as tg:
         tg.start_soon(collect, engine, request_of((1, 2), request_id="busy", max_tokens=1))
-        await assert_eventually(lambda: engine.board.step_began is not None)
+        await assert_eventually(lambda: engine.board.busy_since is not None)
         with anyio.move_on_after(0.05):
             await collect(engine, request_of(PROMPT, request_id="left", max_tokens=50))
         await assert_eventually(lambda: runner.steps == 1 and engine.load().running == 0)

@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
+from covey import failpoint
 from covey.engine.engine import Engine
 from covey.engine.fake import FakeRunner, FakeVocabulary
 from covey.engine.limits import EngineLimits
@@ -256,10 +257,13 @@ async def test_a_silent_stream_shows_progress() -> None:
         assert Stage.PREFILL in stages
 
 
-async def test_a_stuck_step_falls_silent() -> None:
+@pytest.mark.parametrize("point", ["engine.step", "engine.after_step"])
+async def test_a_stuck_step_falls_silent(point: str) -> None:
+    failpoint.arm(f"{point}=sleep(0.6)@1")
     limits = EngineLimits(progress_s=0.05, step_stall_s=0.2)
-    async with running_engine(FakeRunner(step_s=0.6), limits=limits) as engine:
-        answer = await collect(engine, request_of(PROMPT, max_tokens=1))
+    async with running_engine(limits=limits) as engine:
+        answer = await collect(engine, request_of(PROMPT, max_tokens=2))
+        assert len(answer.ids) == 2
         assert 1 <= sum(isinstance(event, Progress) for event in answer.events) <= 6
 
 
