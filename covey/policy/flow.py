@@ -233,6 +233,7 @@ class FlowRun:
                 timings=event.timings,
                 cache=event.cache,
                 worker=event.worker,
+                pinned_blocks=event.pinned_blocks,
             ),
         )
         for consumer in self.graph.consumers[event.node]:

@@ -47,6 +47,7 @@ class NodeSucceeded:
     timings: Timings | None = None
     cache: CacheOutcome = CacheOutcome.OFF
     worker: str = ""
+    pinned_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class NodeRun:
     timings: Timings | None = None
     cache: CacheOutcome = CacheOutcome.OFF
     worker: str = ""
+    pinned_blocks: int = 0
 
     @property
     def attempts(self) -> int:

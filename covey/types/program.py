@@ -238,6 +238,8 @@ class GetVariable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VariableValue:
+    """A value and how it came about; `pinned_blocks` stay with `worker` for the tool call that follows."""
+
     name: str
     value: str
     call_id: CallId = CallId("")
@@ -246,6 +248,7 @@ class VariableValue:
     timings: Timings | None = None
     cache: CacheOutcome = CacheOutcome.OFF
     worker: str = ""
+    pinned_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

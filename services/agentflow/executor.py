@@ -158,6 +158,7 @@ class Executor:
                     timings=result.timings,
                     cache=result.cache,
                     worker=result.worker,
+                    pinned_blocks=result.pinned_blocks,
                 )
         return self._live.state.judge(outcome.node, result, now=self._now(), rng=self._around.rng)
 

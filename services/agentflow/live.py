@@ -88,6 +88,7 @@ class LiveRun:
             usage=node.usage,
             timings=node.timings,
             cache=node.cache,
+            pinned_blocks=node.pinned_blocks,
             depends_on=self.state.graph.needs[node_id],
             kind="llm" if isinstance(spec.work, LlmNode) else "tool",
             worker=node.worker,

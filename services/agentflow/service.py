@@ -12,7 +12,7 @@ from covey.auth import ApiKeys
 from covey.clock import Clock
 from covey.errors import Unavailable
 from covey.net.registry import Registry
-from covey.net.rpc import Channel, Channels
+from covey.net.rpc import Channel, Channels, Handlers, Server
 from covey.net.rpc import serve as serve_rpc
 from covey.net.tasks import background_tasks
 from covey.runtime import Runtime
@@ -101,9 +101,7 @@ async def serve(config: Config, rt: Runtime) -> None:
         rt.metrics.gauge("agentflow_tool_workers", "Attached tool workers").set_function(lambda: toolbox.workers)
         servicer = Servicer(runs, toolbox, blobs, beat_s=config.tool_beat_s)
         # No mesh token here: callers are tenants.
-        server = await stack.enter_async_context(
-            serve_rpc(config.listen, servicer.handlers(), token=TenantGate(keys), grace_s=config.drain_s)
-        )
+        server = await _serve_where_before(stack, config, rt, servicer.handlers(), TenantGate(keys))
         await stack.enter_async_context(
             rt.announce(bus, Role.AGENTFLOW, server.address, load=lambda: EngineLoad(running=runs.open_count))
         )
@@ -112,6 +110,27 @@ async def serve(config: Config, rt: Runtime) -> None:
         # Runs first: a tool lost while its run is still driven would count as a failed attempt.
         await runs.stop(STOP_S)
         toolbox.close()
+
+
+async def _serve_where_before(
+    stack: AsyncExitStack, config: Config, rt: Runtime, handlers: Handlers, gate: TenantGate
+) -> Server:
+    """Serve on the port of the last time, if any port will do: clients of a restarted agentflow find it again."""
+    file = rt.run_dir / f"{rt.worker}.port" if config.worker and config.listen.endswith(":0") else None
+    listens = [config.listen]
+    if file is not None and file.exists() and (port := file.read_text().strip()).isdigit():
+        listens.insert(0, f"{config.listen.removesuffix(':0')}:{port}")
+    for listen in listens:
+        try:
+            server = await stack.enter_async_context(serve_rpc(listen, handlers, token=gate, grace_s=config.drain_s))
+        except Unavailable:
+            if listen is listens[-1]:
+                raise
+        else:
+            break
+    if file is not None:
+        file.write_text(server.address.rpartition(":")[2])
+    return server
 
 
 def _key_files(config: Config, rt: Runtime) -> dict[TenantId, str]:

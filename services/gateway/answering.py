@@ -112,7 +112,7 @@ class Answering:
         choice.set_cache(cache)
         seq = choice.sequence()
         finished, target = await self._dispatcher.run(seq)
-        await self._pin(choice.job, finished, target)
+        pinned = await self._pin(choice.job, finished, target)
         used = seq.usage or finished.usage
         return Outcome(
             reason=finished.reason,
@@ -128,21 +128,26 @@ class Answering:
             split=seq.split,
             migrations=seq.migrations,
             worker=target.worker,
+            pinned_blocks=pinned,
         )
 
-    async def _pin(self, job: Job, finished: Finished, target: Target) -> None:
-        """Tell the worker how long to keep the blocks while a tool runs; without a word it demotes them."""
+    async def _pin(self, job: Job, finished: Finished, target: Target) -> int:
+        """Tell the worker how long to keep the blocks while a tool runs; without a word it demotes them.
+
+        Returns how many blocks stay pinned.
+        """
         pin = self._pins.choose(job.then_tool) if finished.lease and target.role is Role.DECODE else None
         if pin is None or finished.lease is None:
-            return
+            return 0
         request = RetainRequest(lease=finished.lease, ttl_s=pin.ttl_s, then=pin.then, program_id=job.program_id)
         try:
-            await self._channels.to(target.address).call(Decode.RETAIN, request, timeout_s=RETAIN_TIMEOUT_S)
+            kept = await self._channels.to(target.address).call(Decode.RETAIN, request, timeout_s=RETAIN_TIMEOUT_S)
         except CoveyError as error:
             log.info("pin refused worker=%s code=%s", target.worker, error.code)
             self._metrics.pins.labels("refused").inc()
-        else:
-            self._metrics.pins.labels("kept").inc()
+            return 0
+        self._metrics.pins.labels("kept").inc()
+        return kept.blocks
 
 
 class _Choice:

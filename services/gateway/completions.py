@@ -121,7 +121,7 @@ class Completions:
 
     def _finish(self, completion: Completion, usage: Usage, timings: Timings, outcomes: tuple[Outcome, ...]) -> None:
         first = outcomes[0]
-        completion.cache, completion.worker = first.cache, first.worker
+        completion.cache, completion.worker, completion.pinned_blocks = first.cache, first.worker, first.pinned_blocks
         model = completion.model
         self._metrics.answers.labels(first.cache.value).inc()
         self._metrics.prompt_tokens.labels(model).inc(usage.prompt_tokens)

@@ -60,6 +60,7 @@ class Outcome:
     split: bool = False
     migrations: int = 0
     worker: WorkerId = WorkerId("")
+    pinned_blocks: int = 0
 
 
 def add_timings(a: Timings, b: Timings) -> Timings:

@@ -22,6 +22,8 @@ class Completion:
         """What semcache did for the first choice; settled by the first event after `Started`."""
         self.worker = WorkerId("")
         """Who decoded the first choice; settled at the end."""
+        self.pinned_blocks = 0
+        """What stays pinned there for the tool call that follows; settled at the end."""
         self.pipe: Pipe[CompletionEvent] = Pipe(capacity)
         self._started = False
 

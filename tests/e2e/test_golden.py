@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import httpx
 import pytest
 
@@ -101,7 +102,7 @@ async def test_the_mesh_speaks_the_tokens_of_the_reference(
         for warm in (False, True):
             answers = await _answers(mesh, prompts)
             _check_path(answers, split=True if split == "always" else None, warm=warm)
-            tally = _judge(teacher, prompts, answers)
+            tally = await anyio.to_thread.run_sync(_judge, teacher, prompts, answers)
             record_property("golden", f"{split} {workers} {'warm' if warm else 'cold'}: {tally}")
             print(f"split={split}, {workers} of each, {'warm' if warm else 'cold'}: {tally}")
             assert tally.wrong == 0

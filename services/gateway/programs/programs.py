@@ -277,6 +277,7 @@ class Programs:
                 timings=end.timings,
                 cache=end.cache,
                 worker=completion.worker,
+                pinned_blocks=completion.pinned_blocks,
             )
         )
 
