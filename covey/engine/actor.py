@@ -269,7 +269,11 @@ class EngineActor:
     async def _hand_over(self, seq: Sequence, *, first: Tokens) -> Handover:
         seq.show(Stage.TRANSFER)
         began = self._clock.now()
-        ticket = await self._migration.stash(seq, self._block_size)
+        try:
+            ticket = await self._migration.stash(seq, self._block_size)
+        except CoveyError:  # a store that is full or gone costs a second prefill, not the request
+            ticket = self._migration.bare_ticket(seq)
+            self.board.bare_handovers += 1
         seq.transfer_s += self._clock.now() - began
         await failpoint.hit_async("prefill.before_handover")
         return Handover(ticket=ticket, first=first, usage=seq.usage(), timings=seq.timings(self._clock.now()))

@@ -19,6 +19,8 @@ class Board:
     steps: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
+    bare_handovers: int = 0
+    """Hand-overs whose blocks the store did not take."""
     demoted_blocks: int = 0
     lost_demotions: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from itertools import groupby
 
 from covey.clock import Clock
@@ -44,7 +45,7 @@ class Migration:
         """
         transfers = self._required()
         covered, full = seq.computed, seq.computed // block_size
-        emitted, text_offset = tuple(seq.tokens[seq.prompt_len :]), seq.text.offset
+        bare = self.bare_ticket(seq)
         tenant, owner = seq.request.tenant, f"{self._worker}/{seq.id}"
         stretches, blocks = tuple(seq.chain.stretches(0, full)), seq.blocks[:full]
         tail = tail_of(seq, covered, block_size)
@@ -60,16 +61,24 @@ class Migration:
         seq.blocks_moved += max(0, full - seq.stored) + (tail is not None)
         seq.stored = full
         await self._keep(seq.request.request_id, leases)
+        return replace(
+            bare,
+            hashes=tuple(key[1] for key in seq.chain.keys[:full]),
+            tail=None if tail is None else TailBlock(key=tail.key.hash, length=covered - full * block_size),
+            covered=covered,
+        )
+
+    def bare_ticket(self, seq: Sequence) -> HandoverTicket:
+        """A ticket without blocks: whoever continues computes them again."""
         return HandoverTicket(
             request_id=seq.request.request_id,
             attempt=seq.request.attempt,
             source=self._worker,
             scopes=seq.request.scopes,
-            hashes=tuple(key[1] for key in seq.chain.keys[:full]),
-            tail=None if tail is None else TailBlock(key=tail.key.hash, length=covered - full * block_size),
-            covered=covered,
-            emitted=emitted,
-            text_offset=text_offset,
+            hashes=(),
+            emitted=tuple(seq.tokens[seq.prompt_len :]),
+            covered=0,
+            text_offset=seq.text.offset,
         )
 
     def sweep(self, now: float, spawn: Spawn) -> None:

@@ -65,6 +65,7 @@ def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
         "steps": board.steps,
         "computed_tokens": board.computed_tokens,
         "generated_tokens": board.generated_tokens,
+        "bare_handovers": board.bare_handovers,
         "demoted_blocks": board.demoted_blocks,
         "lost_demotions": board.lost_demotions,
     }

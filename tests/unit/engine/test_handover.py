@@ -139,14 +139,23 @@ async def test_decode_recomputes_when_the_store_is_gone_or_slow() -> None:
             assert joined(first, rest) == (expected.ids, expected.text)
 
 
-async def test_prefill_fails_retryable_when_it_cannot_store() -> None:
+@pytest.mark.parametrize("has_store", [True, False])
+async def test_a_store_that_takes_nothing_costs_a_second_prefill_only(has_store: bool) -> None:
+    request = request_of(tuple(range(1, 31)), max_tokens=20)
+    expected = await alone(request)
     shelf = Shelf()
     shelf.is_down = True
-    async with split(shelf) as (prefill, _):
-        answer = await collect(prefill, request_of(range(1, 20)))
-        assert isinstance(answer.last, Failed)
-        assert answer.last.retryable
-        assert not answer.ids  # nothing was shown, so a retry repeats nothing
+    async with (
+        running_engine(role=Role.PREFILL, store=shelf if has_store else None, name="p") as prefill,
+        running_engine(store=shelf if has_store else None, name="d") as decode,
+    ):
+        first = await collect(prefill, request)
+        assert isinstance(first.last, Handover)
+        assert (first.last.ticket.hashes, first.last.ticket.tail, first.last.ticket.covered) == ((), None, 0)
+        assert prefill.board.bare_handovers == 1
+        rest = await collect(decode, plain(request, ticket=first.last.ticket))
+        assert joined(first, rest) == (expected.ids, expected.text)
+        assert is_whole(rest, start=1)
         assert shelf.stats.leases == 0
         await assert_idle(prefill)
 
