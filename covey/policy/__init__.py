@@ -1,1 +1,4 @@
-"""Pure decisions: no I/O, no clock, no randomness of their own; live services, property tests and the simulator run the same classes."""
+"""Pure decisions without I/O, clock or randomness of their own.
+
+Live services, property tests and the simulator run the same classes.
+"""

@@ -73,7 +73,8 @@ def test_a_stream_carries_the_same_text_one_id_and_the_usage(client: openai.Open
 
 
 def test_completions_n_seed_stop_and_logprobs(client: openai.OpenAI) -> None:
-    options: Any = {"model": TINY, "prompt": "abc", "max_tokens": 8, "temperature": 1.0, "seed": 5, "n": 2, "logprobs": 2}
+    sampling = {"max_tokens": 8, "temperature": 1.0, "seed": 5, "n": 2, "logprobs": 2}
+    options: Any = {"model": TINY, "prompt": "abc", **sampling}
     first = client.completions.create(**options)
     again = client.completions.create(**options)
     assert [c.text for c in first.choices] == [c.text for c in again.choices]
