@@ -228,7 +228,7 @@ class FakeSemCache:
         await anyio.sleep(self.delay_s)
         if self.error is not None:
             raise self.error
-        if query.exact_key in self.exact:
+        if query.exact_key and query.exact_key in self.exact:
             return CacheReply(outcome=CacheOutcome.EXACT, answer=self.exact[query.exact_key])
         if query.text and self.semantic is not None:
             return CacheReply(outcome=CacheOutcome.SEMANTIC, answer=self.semantic)
