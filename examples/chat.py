@@ -15,6 +15,7 @@ def main() -> None:
         model=model,
         messages=[{"role": "user", "content": "Why do bees dance? Answer in one sentence."}],
         max_tokens=60,
+        temperature=0,
         stream=True,
         stream_options={"include_usage": True},
     )

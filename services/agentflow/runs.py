@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 INBOX_MAX = 256
 CREATE_TRIES = 4
+CLOSING_MAX = 64
+"""Ended runs whose program the gateway has yet to close."""
 
 
 class Runs:
@@ -66,8 +68,8 @@ class Runs:
 
     @property
     def open_count(self) -> int:
-        """Runs that have not ended."""
-        return len(self._inboxes)
+        """Runs that have not ended; the executors of some that have are still tidying up."""
+        return sum((live := self._live.get(run_id)) is None or not live.state.ended for run_id in self._inboxes)
 
     async def replay(self) -> int:
         """Read the journal, list what has ended and resume what has not; return how many were resumed."""
@@ -112,7 +114,7 @@ class Runs:
         run_id = _run_id(tenant, request.idempotency_key)
         known = await self._known(run_id)
         if known is None:
-            if self.open_count >= self._open_max:
+            if self.open_count >= self._open_max or len(self._inboxes) >= self._open_max + CLOSING_MAX:
                 raise Overloaded(f"{self._open_max} runs are open: wait for one to end", retry_after_ms=1000)
             live = await self._create(run_id, tenant, request, digest, shape)
             if live is not None:

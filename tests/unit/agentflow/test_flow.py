@@ -49,9 +49,7 @@ def _succeed(run: FlowRun, *names: str, now: float = 1.0) -> None:
 
 
 @given(workflows(), st.randoms(use_true_random=False), st.integers(0, 60))
-def test_any_run_ends_keeps_its_invariants_and_replays(  # noqa: C901 - one simulated executor
-    workflow: Workflow, random: Random, cancel_at: int
-) -> None:
+def test_any_run_ends_keeps_its_invariants_and_replays(workflow: Workflow, random: Random, cancel_at: int) -> None:
     shape = graph(workflow, ["doc"])
     run = FlowRun(shape, created_s=0.0, limits=FlowLimits())
     journal: list[FlowChange] = []

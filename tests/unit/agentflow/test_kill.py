@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -24,8 +25,8 @@ from tests.support.flows import KEY
 @asynccontextmanager
 async def process(
     tmp_path: Path, nats: EmbeddedNats, gateway: str, port: int, environment: Mapping[str, str]
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Start the real service and wait until it is ready; kill what is left of it."""
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Start the real service, on any port if 0, and wait until it is ready: it, its address; kill what is left."""
     read_fd, write_fd = os.pipe()
     key_file = tmp_path / "key"
     key_file.touch(mode=0o600)
@@ -38,6 +39,8 @@ async def process(
         "gateway": gateway,
         "tenants.local.key_file": str(key_file),
     }
+    if not port:
+        settings |= {"listen": "127.0.0.1:0", "worker": "agentflow-0"}
     flags = [flag for name, value in settings.items() for flag in ("--set", f"{name}={value}")]
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "services.agentflow", *flags, "--ready-fd", str(write_fd),
@@ -46,8 +49,8 @@ async def process(
     os.close(write_fd)
     try:
         with anyio.fail_after(30):
-            assert await anyio.to_thread.run_sync(os.read, read_fd, 4096, abandon_on_cancel=True)
-        yield child
+            said = await anyio.to_thread.run_sync(os.read, read_fd, 4096, abandon_on_cancel=True)
+        yield child, json.loads(said)["grpc"]
     finally:
         os.close(read_fd)
         if child.returncode is None:
@@ -81,7 +84,7 @@ async def test_a_killed_agentflow_repeats_no_journaled_step(tmp_path: Path, poin
         port = free_port()
         client = await stack.enter_async_context(covey.Client.connect(flow=f"127.0.0.1:{port}", api_key=KEY))
         failpoints = {"COVEY_FAILPOINTS": f"agentflow.{point}=crash@2"}
-        async with process(tmp_path, nats, address, port, failpoints) as first:
+        async with process(tmp_path, nats, address, port, failpoints) as (first, _):
             await stack.enter_async_context(client.serve_tools([effect]))
             run = await client.submit(_workflow(3), {"start": "go"}, idempotency_key="k")
             with anyio.fail_after(20):
@@ -112,7 +115,7 @@ async def test_a_tool_worker_without_memory_sees_the_same_key_again(tmp_path: Pa
         port = free_port()
         client = await stack.enter_async_context(covey.Client.connect(flow=f"127.0.0.1:{port}", api_key=KEY))
         failpoints = {"COVEY_FAILPOINTS": "agentflow.after_effect=crash@1"}
-        async with process(tmp_path, nats, address, port, failpoints) as first:
+        async with process(tmp_path, nats, address, port, failpoints) as (first, _):
             async with client.serve_tools([effect]):
                 run = await client.submit(_workflow(1), {"start": "go"}, idempotency_key="k")
                 with anyio.fail_after(20):
@@ -131,7 +134,7 @@ async def test_the_service_drains_at_sigterm_and_is_small(tmp_path: Path) -> Non
         _, address = await stack.enter_async_context(fake_gateway())
         port = free_port()
         client = await stack.enter_async_context(covey.Client.connect(flow=f"127.0.0.1:{port}", api_key=KEY))
-        async with process(tmp_path, nats, address, port, {}) as child:
+        async with process(tmp_path, nats, address, port, {}) as (child, _):
             status = Path(f"/proc/{child.pid}/status")
             resident_kib = int(next(line for line in status.read_text().splitlines() if "VmRSS" in line).split()[1])
             assert resident_kib < 150 * 1024
@@ -148,3 +151,13 @@ async def test_the_service_drains_at_sigterm_and_is_small(tmp_path: Path) -> Non
 
             await assert_eventually(is_running)
             assert (await run.cancel()).state is RunState.CANCELLED
+
+
+@pytest.mark.faults
+async def test_a_restarted_agentflow_is_where_it_was(tmp_path: Path) -> None:
+    async with EmbeddedNats.start(tmp_path) as nats, fake_gateway() as (_, gateway):
+        async with process(tmp_path, nats, gateway, 0, {}) as (child, first):
+            child.kill()
+            await child.wait()
+        async with process(tmp_path, nats, gateway, 0, {}) as (_, second):
+            assert second == first

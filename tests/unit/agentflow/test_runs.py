@@ -8,10 +8,11 @@ import anyio
 import pytest
 
 from covey.codec.methods import Flow
-from covey.errors import AlreadyExists, InvalidArgument
+from covey.errors import AlreadyExists, InvalidArgument, NotFound, Overloaded
 from covey.testing import assert_eventually
 from covey.types.flow import (
     ListRuns,
+    RunRequest,
     RunState,
     SubmitRun,
     Workflow,
@@ -108,3 +109,26 @@ async def test_a_bad_workflow_reaches_nobody(tmp_path: Path, nodes: Workflow, fi
         assert [word for word in words if word not in refused.value.message] == []
         assert here.gateway.opened == []
         assert here.flow.runs.listed("local", None, 10) == ()  # type: ignore[arg-type]
+
+
+async def test_open_runs_and_runs_in_memory_are_bounded(tmp_path: Path) -> None:
+    async with site(tmp_path, open_runs_max=1, runs_in_memory_max=1, runs_max=4) as here:
+        blocked = await here.submit(workflow(use("t", "missing")))
+        with pytest.raises(Overloaded) as refused:
+            await here.submit(workflow(llm("a", "x")))
+        assert refused.value.retry_after_ms
+        await here.channel.call(Flow.CANCEL, RunRequest(run_id=blocked), timeout_s=5)
+        ended = []
+        for i in range(5):
+            ended.append(await here.submit(workflow(llm("a", f"{i}"))))
+            await here.wait(ended[-1])
+
+        async def is_bounded() -> bool:
+            listed = await here.channel.call(Flow.LIST, ListRuns(), timeout_s=5)
+            return [run.run_id for run in listed.runs] == ended[:0:-1]
+
+        await assert_eventually(is_bounded)
+        view = await here.get(ended[1])
+        assert (view.state, view.outputs) == (RunState.SUCCEEDED, {"a": "<1>"}), "read again from the journal"
+        with pytest.raises(NotFound):
+            await here.get(ended[0])
