@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from covey.cli.state import home
 
@@ -52,7 +53,7 @@ def doctor(as_json: bool) -> None:
             mark = "[green]ok[/]" if finding.well else "[red]missing[/]"
             console.print(f"{mark:<18} {finding.check}: {finding.found}", highlight=False)
             if not finding.well:
-                console.print(f"          → {finding.mend}", highlight=False)
+                console.print(f"          → {escape(finding.mend)}", highlight=False, soft_wrap=True)
     sys.exit(0 if all(f.well for f in findings) else 3)
 
 
