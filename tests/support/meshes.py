@@ -21,11 +21,20 @@ PACKAGED = "smollm2"
 
 @asynccontextmanager
 async def mesh_of(
-    folder: Path, *, model: str = TINY, cache_dir: Path | None = None, settings: tuple[str, ...] = (), **plan: Any
+    folder: Path,
+    *,
+    model: str = TINY,
+    cache_dir: Path | None = None,
+    settings: tuple[str, ...] = (),
+    base: Path | None = None,
+    **plan: Any,
 ) -> AsyncIterator[Mesh]:
-    """Start a mesh with its files under `folder`; children that end stay ended, so that a fault is seen as it is."""
+    """Start a mesh with its files under `folder`; children that end stay ended, so that a fault is seen as it is.
+
+    `base` is a `covey.toml` as a user writes it.
+    """
     source = str(write_tiny_llama(folder / "model")) if model == TINY else model
-    files = MeshFiles(run_dir=folder / "run", cache_dir=cache_dir or folder / "cache")
+    files = MeshFiles(run_dir=folder / "run", cache_dir=cache_dir or folder / "cache", base=base)
     chosen = MeshPlan(files=files, models={model: source}, settings=settings, restart=False, **plan)
     async with running(chosen) as mesh:
         yield mesh

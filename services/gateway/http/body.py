@@ -64,14 +64,24 @@ def parse(data: bytes, cls: type[T]) -> T:
     try:
         try:
             return msgspec.json.decode(data, type=cls, strict=True)
-        except msgspec.ValidationError:  # perhaps only because of nulls
-            return msgspec.convert(_without_nulls(msgspec.json.decode(data)), cls, str_keys=True)
+        except msgspec.ValidationError as error:  # perhaps only because of nulls
+            return msgspec.convert(_without_nulls(_untyped(data, error)), cls, str_keys=True)
     except msgspec.ValidationError as error:
         raise _named(error) from error
     except msgspec.DecodeError as error:
         raise InvalidArgument(f"the body is not valid JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"the body is not UTF-8: byte {error.start} of a text") from error
     except RecursionError as error:
         raise InvalidArgument("the body is nested too deeply") from error
+
+
+def _untyped(data: bytes, reason: msgspec.ValidationError) -> Any:
+    """Any JSON; when a number is too large for that too, `reason` says better where it stands."""
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.ValidationError as error:
+        raise reason from error
 
 
 def _without_nulls(value: Any) -> Any:

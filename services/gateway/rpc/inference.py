@@ -22,6 +22,7 @@ from covey.types.program import (
 from services.gateway.completions import Completions
 from services.gateway.job import Job, Prompt
 from services.gateway.models import Catalog
+from services.gateway.programs.intake import ROLES
 
 from .credentials import tenant_of
 
@@ -57,6 +58,9 @@ class InferenceServicer:
     async def chat(self, request: ChatRequest, call: Call) -> AsyncIterator[CompletionEvent]:
         if not request.messages:
             raise InvalidArgument("a conversation needs at least one message", field="messages")
+        for i, message in enumerate(request.messages):
+            if message.role not in ROLES:
+                raise InvalidArgument(f"no role {message.role!r}", field=f"messages[{i}].role")
         async with self._completions.open(self._job(request, Prompt(messages=request.messages), call)) as completion:
             async for event in completion:
                 yield event
