@@ -34,6 +34,10 @@ from .relay import BrokenStream, Relay
 
 ROOM_WAIT_S = 0.1
 """Between looks for room when no worker said how long it will take."""
+LOOK_S = 1.0
+"""How often a stream looks whether its worker could be replaced."""
+LONE_GAPS = 5
+"""A worker that nobody could replace may be silent for so many gaps: a frozen one may thaw."""
 
 _TRANSIENT = (Unavailable, Internal, DataCorrupt, FailedPrecondition, Miss)
 """What says something of a worker or of blocks, not of the request: another worker may do better."""
@@ -180,7 +184,7 @@ class Dispatcher:
                     self._channels.to(target.address),
                     method,
                     self._request(seq, target),
-                    gap_s=self._settings.event_gap_s,
+                    gap_s=self._patience(seq, target),
                     on_accepted=accepted,
                     on_tokens=tokens,
                 )
@@ -192,6 +196,22 @@ class Dispatcher:
             raise _Loss(target, error) from error
         self._account(seq, target, end)
         return end
+
+    def _patience(self, seq: Sequence, target: Target) -> Callable[[], float]:
+        """How long `target` may be silent: as configured, or longer while nobody could take over from it."""
+        looked_at, gap_s = float("-inf"), 0.0
+
+        def ask() -> float:
+            nonlocal looked_at, gap_s
+            now = self._clock.now()
+            if now - looked_at >= LOOK_S:
+                looked_at = now
+                others = self._fleet.engines(seq.request.model, Role.DECODE, seq.tokenizer_hash)
+                is_alone = all(view.record.worker == target.worker for view, _ in others)
+                gap_s = self._settings.event_gap_s * (LONE_GAPS if is_alone else 1)
+            return gap_s
+
+        return ask
 
     def _request(self, seq: Sequence, target: Target) -> GenerateRequest:
         scope = self._fleet.scope(target.info, seq.job.tenant)

@@ -9,7 +9,7 @@ import anyio
 
 from covey.codec.methods import ServerStream
 from covey.errors import Overloaded, Unavailable, from_code
-from covey.net.rpc import Channel, Replies
+from covey.net.rpc import Channel
 from covey.types.generate import (
     Accepted,
     Event,
@@ -37,36 +37,51 @@ async def follow(
     method: ServerStream[GenerateRequest, Event],
     request: GenerateRequest,
     *,
-    gap_s: float,
+    gap_s: Callable[[], float],
     on_accepted: Callable[[], None],
     on_tokens: Callable[[Tokens], Awaitable[None]],
 ) -> Finished | Handover:
     """Run `request` at a worker; leaving this function, however, cancels it there.
 
+    `gap_s` says, after each event, how long the next one may take.
+
     Raises:
         Overloaded: the worker refused; nothing was started.
-        Silent: no event for `gap_s`.
+        Silent: the next event did not come in time.
         BrokenOff: the stream ended without an end.
         CoveyError: what the worker or the way to it failed with.
     """
     async with channel.stream(method, request, timeout_s=request.deadline_s) as events:
-        while True:
-            match await _next(events, gap_s):
-                case Accepted():
-                    on_accepted()
-                case Progress():
-                    pass  # a sign of life is all it is here
-                case Tokens() as tokens:
-                    await on_tokens(tokens)
-                case Handover() as handover:
-                    await on_tokens(handover.first)
-                    return handover
-                case Finished() as finished:
-                    if finished.reason is FinishReason.CANCELLED:
-                        raise BrokenOff("the worker gave the request up")
-                    return finished
-                case Refused() | Failed() as refusal:
-                    _raise(refusal)
+        with anyio.CancelScope(deadline=anyio.current_time() + gap_s()) as watchdog:
+            async for event in events:
+                end = await _take(event, on_accepted, on_tokens)
+                if end is not None:
+                    return end
+                watchdog.deadline = anyio.current_time() + gap_s()
+            raise BrokenOff("the worker's stream ended early")
+    raise Silent("the worker fell silent")
+
+
+async def _take(
+    event: Event, on_accepted: Callable[[], None], on_tokens: Callable[[Tokens], Awaitable[None]]
+) -> Finished | Handover | None:
+    match event:
+        case Accepted():
+            on_accepted()
+        case Progress():
+            pass  # a sign of life is all it is here
+        case Tokens():
+            await on_tokens(event)
+        case Handover():
+            await on_tokens(event.first)
+            return event
+        case Finished():
+            if event.reason is FinishReason.CANCELLED:
+                raise BrokenOff("the worker gave the request up")
+            return event
+        case Refused() | Failed():
+            _raise(event)
+    return None
 
 
 def _raise(event: Refused | Failed) -> NoReturn:
@@ -76,13 +91,3 @@ def _raise(event: Refused | Failed) -> NoReturn:
     if event.retryable:
         raise BrokenOff(f"the worker failed: {error.message}") from error
     raise error
-
-
-async def _next(events: Replies[Event], gap_s: float) -> Event:
-    try:
-        with anyio.fail_after(gap_s):
-            return await anext(events)
-    except TimeoutError as error:
-        raise Silent(f"the worker sent nothing for {gap_s:g} s") from error
-    except StopAsyncIteration as error:
-        raise BrokenOff("the worker's stream ended early") from error

@@ -92,6 +92,8 @@ class FakeWorker:
     refuse: int = 0
     die_after: int | None = None
     silent_after: int | None = None
+    frozen_at: int | None = None
+    frozen_s: float = 0.0
     fail: Failed | None = None
     skip_at: int | None = None
     stale_first: bool = False
@@ -181,7 +183,7 @@ class FakeWorker:
             raise Unavailable("killed")
         if self.silent_after is not None and offset >= self.silent_after:
             await anyio.sleep_forever()
-        await anyio.sleep(self.pace_s)
+        await anyio.sleep(self.frozen_s if offset == self.frozen_at else self.pace_s)
 
     def _tokens(self, request: GenerateRequest, ids: tuple[int, ...], offset: int) -> Tokens:
         token = ids[offset]

@@ -130,6 +130,14 @@ async def test_a_worker_lost_in_mid_stream_is_replaced_without_a_seam(fault: dic
         await assert_eventually(lambda: bad.running == 0)
 
 
+async def test_a_worker_that_nobody_could_replace_gets_time_to_thaw() -> None:
+    async with fake_mesh() as mesh:
+        await mesh.add(FakeWorker(name="d", role=Role.DECODE, frozen_at=5, frozen_s=0.6))
+        result = await run(await mesh.gateway(), job())
+    assert result.ids == wanted_ids()
+    assert result.end.migrations == 0
+
+
 async def test_decode_lost_after_a_hand_over_resumes_with_the_ticket() -> None:
     async with fake_mesh() as mesh:
         await mesh.add(FakeWorker(name="p", role=Role.PREFILL))
