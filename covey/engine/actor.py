@@ -81,7 +81,7 @@ class EngineActor:
         self.batcher = Batcher(limits.batch)
         self.board = Board()
         self._holdings = Holdings(self.pool, info.block_size)
-        self._stepper = Stepper(runner, self._holdings, self.board, clock)
+        self._stepper = Stepper(runner, self._holdings, self.board, clock, niceness=limits.niceness)
         self._retention = Retention(
             self.pool, transfers, limits, owner=f"{worker}/retention", block_bytes=info.block_bytes
         )
@@ -102,6 +102,7 @@ class EngineActor:
                     await self._turn(inbox)
                 await self._retention.close()
         finally:
+            self._stepper.close()
             for seq in self._live.all():
                 seq.outbox.put(failed(Unavailable("the engine stopped")))
 

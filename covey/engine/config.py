@@ -48,6 +48,7 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     pinned_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = _LIMITS.pinned_share
     writebacks_max: PositiveInt = _LIMITS.writebacks_max
     step_stall_s: Positive = _LIMITS.step_stall_s
+    niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = _LIMITS.niceness
 
     def __post_init__(self) -> None:
         self.limits()
@@ -71,4 +72,5 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
             pinned_share=self.pinned_share,
             writebacks_max=self.writebacks_max,
             step_stall_s=self.step_stall_s,
+            niceness=self.niceness,
         )

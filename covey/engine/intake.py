@@ -35,9 +35,7 @@ class Intake:
         tokens_max = min(self.context_limit, len(request.token_ids) + request.sampling.max_tokens)
         chain = BlockChain(request.scopes, self._info.block_size)
         chain.extend(tokens)
-        text = TextPipe(
-            self._vocabulary, request.stop, min_tokens=request.sampling.min_tokens, sent=text_offset
-        )
+        text = TextPipe(self._vocabulary, request.stop, min_tokens=request.sampling.min_tokens, sent=text_offset)
         for token in emitted:
             text.push(token)
         last = len(tokens) if self._role is Role.PREFILL else max(len(tokens), tokens_max - 1)

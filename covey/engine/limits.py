@@ -32,6 +32,8 @@ class EngineLimits:
     """How often a silent stream shows a sign of life."""
     step_stall_s: float = 10.0
     """A step that takes longer is stuck: streams then go silent, so that watchdogs notice."""
+    niceness: int = 5
+    """How far the computing threads' priority is below that of the mesh's event loops."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.pinned_share <= 1 or self.outbox_tokens < 1:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-
-import anyio
+from functools import partial
 
 from covey import failpoint
 from covey.clock import Clock
@@ -14,27 +13,32 @@ from covey.policy.batching import Chunk
 from .board import Board
 from .holdings import Holdings
 from .sequence import Sequence
+from .step_thread import StepThread
 
 
 class Stepper:
     """Turns chunks into rows and runs them. A cancelled caller waits for the step: nobody may free blocks under it."""
 
-    def __init__(self, runner: Runner, holdings: Holdings, board: Board, clock: Clock) -> None:
+    def __init__(self, runner: Runner, holdings: Holdings, board: Board, clock: Clock, *, niceness: int) -> None:
         self._runner = runner
         self._holdings = holdings
         self._board = board
         self._clock = clock
-        self._one = anyio.CapacityLimiter(1)
+        self._thread = StepThread(niceness)
 
     async def step(self, work: Items[tuple[Sequence, Chunk]]) -> tuple[StepOutcome, float]:
         """Compute the chunks; returns the outcome and how long it took, in seconds."""
         plan = StepPlan(rows=tuple(self._row(seq, chunk) for seq, chunk in work))
         began = self._clock.now()
-        outcome = await anyio.to_thread.run_sync(self._run, plan, limiter=self._one)
+        outcome = await self._thread.run(partial(self._run, plan))
         self._board.steps += 1
         self._board.computed_tokens += sum(len(row.tokens) for row in plan.rows)
         self._board.generated_tokens += len(outcome.sampled)
         return outcome, self._clock.now() - began
+
+    def close(self) -> None:
+        """No more steps."""
+        self._thread.close()
 
     def _run(self, plan: StepPlan) -> StepOutcome:
         failpoint.hit("engine.step")

@@ -95,9 +95,7 @@ class Transfers:
                 for stretch in stretches:
                     key = StoreKey(tenant=tenant, namespace=stretch.namespace, shape=self._shape)
                     with self._views(blocks[done : done + len(stretch.keys)]) as views:
-                        leases.append(
-                            await self._store.store(key, stretch.keys, views, owner=owner, ttl_s=ttl_s)
-                        )
+                        leases.append(await self._store.store(key, stretch.keys, views, owner=owner, ttl_s=ttl_s))
                     done += len(stretch.keys)
         except BaseException:
             await self.release(leases)
