@@ -1,15 +1,24 @@
-"""What every test gets: Hypothesis without wall-clock deadlines, and no failpoint left armed."""
+"""What every test gets: Hypothesis without wall-clock deadlines, no failpoint left armed, gRPC that stays put.
+
+gRPC stays initialised over all tests, and out of forks: both of its habits reach into tests at random otherwise.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers abort children that are forked amid calls
 
 import hypothesis
 import pytest
 from blockbuster import blockbuster_ctx
+from grpc import aio
 
 from covey import failpoint
 from covey.testing import VirtualClock
+
+aio.init_grpc_aio()  # or the last call's disposal joins a thread, wherever the collector happens to run
 
 # Shared machines make wall-clock deadlines per example flaky; the suite has its own timeout.
 hypothesis.settings.register_profile("covey", deadline=None, print_blob=True)
