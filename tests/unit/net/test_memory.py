@@ -13,12 +13,8 @@ from covey.net.memory import Faults, MemoryBroker, MemoryNetwork
 from covey.net.rpc import Call
 from covey.testing import virtual_time
 from covey.types.common import Empty
-from covey.types.generate import EngineLoad, Event, Progress, Stage
-from tests.unit.net.test_rpc_server import generate_request
-
-
-async def load(request: Empty, call: Call) -> EngineLoad:
-    return EngineLoad(running=7)
+from covey.types.generate import Event, Progress, Stage
+from tests.support.rpc import generate_request, load
 
 
 async def outcomes(seed: int) -> list[str]:

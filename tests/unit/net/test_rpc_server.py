@@ -22,28 +22,12 @@ from covey.net.call import ERROR_TRAILER, decode_error
 from covey.net.rpc import Call, Channel, Channels, serve
 from covey.testing import assert_eventually
 from covey.types.common import Empty
-from covey.types.generate import EngineLoad, Event, GenerateRequest, Progress, Sampling, Stage
-from covey.types.ids import RequestId, TenantId
+from covey.types.generate import EngineLoad, Event, GenerateRequest, Progress, Stage
+from tests.support.rpc import generate_request, load
 
 TOKEN = MeshToken("a-token-of-the-mesh-for-tests")
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-async def load(request: Empty, call: Call) -> EngineLoad:
-    return EngineLoad(running=7)
-
-
-def generate_request() -> GenerateRequest:
-    return GenerateRequest(
-        request_id=RequestId("r"),
-        tenant=TenantId("local"),
-        model="m",
-        scopes=(),
-        token_ids=(1,),
-        sampling=Sampling(max_tokens=1),
-        deadline_s=5.0,
-    )
 
 
 async def test_health_needs_no_token_and_watch_hears_not_serving_first() -> None:
