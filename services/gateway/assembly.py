@@ -82,6 +82,7 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
                 clock,
                 metrics,
                 config.dispatch,
+                errands,
                 waiting_max=config.admission.queue_max,
                 retries_burst=config.admission.permits,
             ),

@@ -21,10 +21,21 @@ from covey.errors import (
 )
 from covey.net.rpc import Channels
 from covey.retry import RetryBudget
-from covey.types.generate import Finished, GenerateRequest, Handover, HandoverTicket, Role, Timings, Tokens, Usage
+from covey.types.generate import (
+    CancelRequest,
+    Finished,
+    GenerateRequest,
+    Handover,
+    HandoverTicket,
+    Role,
+    Timings,
+    Tokens,
+    Usage,
+)
 from covey.types.program import Delta
 
 from .config import DispatchSettings
+from .errands import Errands
 from .fleet import Fleet, Incarnation, Placement, Target
 from .follow import BrokenOff, Silent, follow
 from .job import Job, add_timings
@@ -42,6 +53,7 @@ LONE_GAPS = 5
 _TRANSIENT = (Unavailable, Internal, DataCorrupt, FailedPrecondition, Miss)
 """What says something of a worker or of blocks, not of the request: another worker may do better."""
 _STALE_TICKET = (DataCorrupt, FailedPrecondition, Miss)
+RELEASE_TIMEOUT_S = 2.0
 AVOID_S = 5.0
 """How long a sequence stays away from a worker that it lost."""
 
@@ -57,6 +69,8 @@ class Sequence:
     on_delta: Callable[[Delta], Awaitable[None]]
     on_accepted: Callable[[], None]
     ticket: HandoverTicket | None = None
+    source: Target | None = None
+    """The prefill worker that keeps the leases of `ticket` until it hears that nobody needs them."""
     usage: Usage | None = None
     timings: Timings = field(default_factory=Timings)
     blocks_moved: int = 0
@@ -77,6 +91,7 @@ class Dispatcher:
         clock: Clock,
         metrics: Metrics,
         settings: DispatchSettings,
+        errands: Errands,
         *,
         waiting_max: int,
         retries_burst: int,
@@ -86,6 +101,7 @@ class Dispatcher:
         self._clock = clock
         self._metrics = metrics
         self._settings = settings
+        self._errands = errands
         self._waiting_max = waiting_max
         self._waiting = 0
         # Losing a worker takes all of its streams at once: the burst must cover what can run.
@@ -102,6 +118,12 @@ class Dispatcher:
             CoveyError: what a worker refused for good.
         """
         self._budget.record_request()
+        try:
+            return await self._run(seq)
+        finally:
+            self._let_go(seq)
+
+    async def _run(self, seq: Sequence) -> tuple[Finished, Target]:
         give_up_at = min(self._clock.now() + self._settings.queue_wait_s, seq.job.deadline_at)
         while True:
             placement = self._place(seq)
@@ -155,7 +177,7 @@ class Dispatcher:
             end = await self._leg(seq, placement.prefill)
             if isinstance(end, Finished):
                 return end, placement.prefill
-            self._take_over(seq, end)
+            self._take_over(seq, end, placement.prefill)
         end = await self._leg(seq, placement.decode)
         if isinstance(end, Handover):
             raise _Loss(placement.decode, BrokenStream("a decode worker handed over"))
@@ -174,6 +196,8 @@ class Dispatcher:
                 seq.on_accepted()
 
         async def tokens(event: Tokens) -> None:
+            if target.role is Role.DECODE:
+                self._let_go(seq)  # it has the blocks
             delta = seq.relay.accept(event)
             if delta is not None:
                 await seq.on_delta(delta)
@@ -228,9 +252,21 @@ class Dispatcher:
             ticket=ticket,
         )
 
-    def _take_over(self, seq: Sequence, handover: Handover) -> None:
+    def _take_over(self, seq: Sequence, handover: Handover, source: Target) -> None:
+        self._let_go(seq)  # of an earlier hand-over that came to nothing
         seq.ticket = handover.ticket
+        seq.source = source
         seq.split = True
+
+    def _let_go(self, seq: Sequence) -> None:
+        """End the leases of a hand-over that nobody needs any more, in the background; unsaid, they end by time."""
+        source, seq.source = seq.source, None
+        if source is not None:
+            request = CancelRequest(request_id=seq.request.request_id)
+            self._errands.run(
+                lambda: self._channels.to(source.address).call(Prefill.CANCEL, request, timeout_s=RELEASE_TIMEOUT_S),
+                "release of a hand-over",
+            )
 
     def _account(self, seq: Sequence, target: Target, end: Finished | Handover) -> None:
         seq.timings = add_timings(seq.timings, end.timings)

@@ -8,7 +8,7 @@ from random import Random
 import anyio.to_thread
 
 from covey.errors import InvalidArgument
-from covey.types.generate import GenerateRequest, Sampling
+from covey.types.generate import STOP_CHARS_MAX, GenerateRequest, Sampling
 from covey.types.ids import RequestId
 from covey.types.program import CallParams
 
@@ -35,11 +35,13 @@ async def plan(job: Job, model: LocalModel, catalog: Catalog, rng: Random) -> tu
 
     Raises:
         ContextLengthExceeded: prompt and answer do not fit.
-        InvalidArgument: too many choices, an empty prompt, tokens that the model does not have.
+        InvalidArgument: too many choices, an empty prompt or stop, tokens that the model does not have.
     """
     n = job.params.n
     if n * len(job.prompts) > SEQUENCES_MAX:
         raise InvalidArgument(f"prompts times n must be at most {SEQUENCES_MAX}", field="n")
+    if not all(0 < len(stop) <= STOP_CHARS_MAX for stop in job.params.stop):
+        raise InvalidArgument(f"a stop text has 1 to {STOP_CHARS_MAX} characters", field="stop")
     vocabulary = model.tokenizer.vocab_size
     if any(not 0 <= token < vocabulary for token in job.params.logit_bias):
         raise InvalidArgument(f"token ids must be below {vocabulary}", field="logit_bias")
