@@ -18,6 +18,8 @@ from grpc import aio
 from covey import failpoint
 from covey.testing import VirtualClock
 
+pytest_plugins = ("tests.support.no_skips",)
+
 aio.init_grpc_aio()  # or the last call's disposal joins a thread, wherever the collector happens to run
 
 # Shared machines make wall-clock deadlines per example flaky; the suite has its own timeout.
