@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -157,7 +158,8 @@ async def test_a_dead_peer_is_found_by_its_open_stream(tmp_path: Path, how: sign
                         await anext(events)
                     assert anyio.current_time() - started < 4
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):  # killed already
+                process.kill()
 
 
 async def test_channels_are_cached_and_closed() -> None:
