@@ -10,12 +10,14 @@ from random import Random
 import httpx
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
+from structlog.typing import FilteringBoundLogger
 
 from covey.auth import ApiKeys
 from covey.clock import Clock
 from covey.net.rpc import Channels, Handlers
 from covey.policy.admission import Admission
 from covey.policy.pinning import PinPolicy
+from covey.policy.rates import Rate, Rates
 from covey.policy.routing import Router
 from covey.types.ids import TenantId
 
@@ -52,6 +54,7 @@ class Surroundings:
     keys: ApiKeys
     models: Sequence[Model]
     remote_keys: Mapping[str, str]
+    log: FilteringBoundLogger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +104,14 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
                 metrics,
                 wait_s=config.dispatch.queue_wait_s,
                 weights={TenantId(name): tenant.weight for name, tenant in config.tenants.items()},
+                rates=Rates(_rates(config), clock.now()),
             ),
             answering=answering,
             remote=RemoteModels(client, around.remote_keys, clock).run,
             metrics=metrics,
             clock=clock,
             rng=around.rng,
+            log=around.log,
             stream_events_max=config.dispatch.stream_events_max,
         )
         deadline_s = config.dispatch.deadline_s
@@ -125,3 +130,10 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
             completions=completions,
             programs=programs,
         )
+
+
+def _rates(config: Config) -> dict[TenantId, Rate]:
+    return {
+        TenantId(name): Rate(requests_per_minute=tenant.requests_per_minute, tokens_per_minute=tenant.tokens_per_minute)
+        for name, tenant in config.tenants.items()
+    }

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from random import Random
 
 import anyio
+from structlog.typing import FilteringBoundLogger
 
 from covey.clock import Clock
 from covey.errors import CoveyError
 from covey.net.tasks import background_tasks
+from covey.telemetry import log_context
 from covey.types.generate import Timings, Usage
 from covey.types.program import ChoiceDone, Completed
 
@@ -46,6 +48,7 @@ class Completions:
         metrics: Metrics,
         clock: Clock,
         rng: Random,
+        log: FilteringBoundLogger,
         stream_events_max: int,
     ) -> None:
         self._catalog = catalog
@@ -55,6 +58,7 @@ class Completions:
         self._metrics = metrics
         self._clock = clock
         self._rng = rng
+        self._log = log
         self._stream_events_max = stream_events_max
 
     @asynccontextmanager
@@ -62,8 +66,10 @@ class Completions:
         """Start a job and own it for a block; iterating raises what it failed with. Raises NotFound for the model."""
         model = self._catalog.find(job.model)
         completion = Completion(job, model.name, int(self._clock.wall()), self._stream_events_max)
+        ids = {"request_id": job.request_id} | ({"program_id": job.program_id} if job.program_id else {})
         async with background_tasks() as tg:
-            tg.start_soon(self._produce, completion, model)
+            with log_context(**ids):
+                tg.start_soon(self._produce, completion, model)
             yield completion
 
     async def _produce(self, completion: Completion, model: LocalModel | RemoteModel) -> None:
@@ -84,7 +90,11 @@ class Completions:
             completion.pipe.end(error_found)
         finally:
             self._metrics.requests.labels(model.name, code).inc()
-            self._metrics.e2e_s.labels(model.name).observe(self._clock.now() - began)
+            took_s = self._clock.now() - began
+            self._metrics.e2e_s.labels(model.name).observe(took_s)
+            self._log.info(
+                "request ended", code=code, model=model.name, tenant=completion.job.tenant, took_s=round(took_s, 3)
+            )
 
     async def _run(self, completion: Completion, model: LocalModel | RemoteModel, began: float) -> None:
         job = completion.job
@@ -123,6 +133,7 @@ class Completions:
         first = outcomes[0]
         completion.cache, completion.worker, completion.pinned_blocks = first.cache, first.worker, first.pinned_blocks
         model = completion.model
+        self._gate.spend(completion.job.tenant, usage.prompt_tokens + usage.completion_tokens)
         self._metrics.answers.labels(first.cache.value).inc()
         self._metrics.prompt_tokens.labels(model).inc(usage.prompt_tokens)
         self._metrics.generation_tokens.labels(model).inc(usage.completion_tokens)

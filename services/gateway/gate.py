@@ -10,6 +10,7 @@ import anyio
 from covey.clock import Clock
 from covey.errors import DeadlineExceeded, Overloaded
 from covey.policy.admission import Admission
+from covey.policy.rates import Rates
 from covey.types.ids import RequestId, TenantId
 
 from .metrics import Metrics
@@ -26,12 +27,14 @@ class Gate:
         *,
         wait_s: float,
         weights: Mapping[TenantId, float],
+        rates: Rates,
     ) -> None:
         self._admission = admission
         self._clock = clock
         self._metrics = metrics
         self._wait_s = wait_s
         self._weights = weights
+        self._rates = rates
         self._turns: dict[RequestId, anyio.Event] = {}
 
     @asynccontextmanager
@@ -41,11 +44,13 @@ class Gate:
         """Hold a permit for a block; yields how many seconds it was waited for.
 
         Raises:
+            QuotaExceeded: the tenant's limits per minute are used up, or it fills the queue.
             Overloaded: the queue is full, or no permit came in time.
             DeadlineExceeded: the request's own deadline came first.
         """
         began = self._clock.now()
         until = min(deadline_at, began + self._wait_s)
+        self._rates.admit(tenant, began)
         self._admission.submit(
             request_id,
             tenant=tenant,
@@ -67,6 +72,10 @@ class Gate:
             self._admission.cancel(request_id, tenant)
             self._admission.release(request_id, self._clock.now())
             self._take_turns()
+
+    def spend(self, tenant: TenantId, tokens: int) -> None:
+        """Count the tokens of a finished request against the tenant's limit."""
+        self._rates.spend(tenant, tokens, self._clock.now())
 
     def _take_turns(self) -> None:
         for request_id in self._admission.plan(self._clock.now()).started:

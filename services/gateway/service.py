@@ -59,6 +59,7 @@ async def serve(config: Config, rt: Runtime) -> None:
             keys=keys,
             models=models,
             remote_keys=remote_keys,
+            log=rt.log,
         )
         gateway = await stack.enter_async_context(assembled(config, around))
         credentials = EdgeCredentials(keys, rt.mesh_token)

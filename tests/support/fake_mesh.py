@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from covey.errors import CoveyError, Unavailable
 from covey.net.memory import MemoryNetwork
 from covey.net.rpc import Call, Handlers
 from covey.net.tasks import background_tasks
+from covey.telemetry import new_log
 from covey.types.event import WorkerRecord, WorkerState
 from covey.types.generate import (
     Accepted,
@@ -101,6 +103,7 @@ class FakeWorker:
     tokenizer_hash: str = FakeTokenizer.hash
     load: EngineLoad = field(default_factory=EngineLoad)
     seen: list[GenerateRequest] = field(default_factory=list)
+    headers: list[Mapping[str, str]] = field(default_factory=list)
     retained: list[RetainRequest] = field(default_factory=list)
     cancelled: int = 0
     running: int = 0
@@ -133,8 +136,9 @@ class FakeWorker:
         self.retained.append(request)
         return RetainReply(blocks=1, size_bytes=1, ttl_s=request.ttl_s)
 
-    async def generate(self, request: GenerateRequest, _call: Call) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerateRequest, call: Call) -> AsyncIterator[Event]:
         self.seen.append(request)
+        self.headers.append(call.headers)
         self.running += 1
         ended = False
         try:
@@ -283,6 +287,7 @@ class FakeMesh:
         self._tg = tg
         self.directory = FakeDirectory()
         self.metrics = CollectorRegistry()
+        self.logged = io.StringIO()
         self._stack = stack
 
     async def add(self, worker: FakeWorker) -> FakeWorker:
@@ -336,6 +341,7 @@ class FakeMesh:
             keys=ApiKeys({TENANT: API_KEY, OTHER: OTHER_KEY}),
             models=models or (LocalModel(name=MODEL, tokenizer=FakeTokenizer()),),
             remote_keys={},
+            log=new_log("gateway", stream=self.logged),
         )
         return await self._stack.enter_async_context(assembled(config or fast(), around))
 

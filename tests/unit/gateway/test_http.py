@@ -11,6 +11,7 @@ import anyio
 import httpx
 import pytest
 
+from covey.config import TenantConfig
 from covey.testing import assert_eventually
 from covey.types.generate import Role
 from services.gateway.config import DispatchSettings
@@ -337,3 +338,40 @@ async def test_metrics_have_vllms_meanings() -> None:
         "covey_num_requests_running 0.0",
     ):
         assert line in text
+
+
+async def test_the_trace_goes_on_at_the_worker() -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    async with http_edge() as edge:
+        worker = await decode(edge)
+        parent = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+        await edge.http.post("/v1/chat/completions", json=CHAT, headers=parent)
+    assert worker.headers[0]["traceparent"].split("-")[1] == trace
+
+
+async def test_logs_name_the_request_and_never_the_prompt() -> None:
+    async with http_edge() as edge:
+        await decode(edge)
+        reply = await edge.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine"})
+        answer = reply.json()["choices"][0]["message"]["content"]
+        (line,) = [json.loads(text) for text in edge.mesh.logged.getvalue().splitlines()]
+    assert line["request_id"].startswith("mine-")
+    assert (line["event"], line["code"], line["tenant"]) == ("request ended", "OK", "acme")
+    assert "hello" not in json.dumps(line)
+    assert answer not in json.dumps(line)
+
+
+async def test_a_tenants_limit_per_minute_is_429_with_a_hint() -> None:
+    tenants = {"acme": TenantConfig(key_file="", requests_per_minute=2)}
+    async with http_edge(fast(tenants=tenants)) as edge:
+        await decode(edge)
+        statuses = [(await edge.http.post("/v1/chat/completions", json=CHAT)).status_code for _ in range(2)]
+        refused = await edge.http.post("/v1/chat/completions", json=CHAT)
+        other = await edge.http.post(
+            "/v1/chat/completions", json=CHAT, headers={"authorization": f"Bearer {OTHER_KEY}"}
+        )
+    assert statuses == [200, 200]
+    assert refused.status_code == 429
+    assert 1 <= int(refused.headers["retry-after"]) <= 31
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert other.status_code == 200
