@@ -79,16 +79,7 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
         errands = await stack.enter_async_context(Errands.open())
         client = await stack.enter_async_context(httpx.AsyncClient())
         answering = Answering(
-            dispatcher=Dispatcher(
-                channels,
-                fleet,
-                clock,
-                metrics,
-                config.dispatch,
-                errands,
-                waiting_max=config.admission.queue_max,
-                retries_burst=config.admission.permits,
-            ),
+            dispatcher=_dispatcher(config, around, fleet, metrics, errands),
             answers=Answers(channels, fleet, clock, errands, deadline_s=config.dispatch.cache_deadline_s),
             pins=PinPolicy(config.pinning.policy()),
             fleet=fleet,
@@ -137,3 +128,16 @@ def _rates(config: Config) -> dict[TenantId, Rate]:
         TenantId(name): Rate(requests_per_minute=tenant.requests_per_minute, tokens_per_minute=tenant.tokens_per_minute)
         for name, tenant in config.tenants.items()
     }
+
+
+def _dispatcher(config: Config, around: Surroundings, fleet: Fleet, metrics: Metrics, errands: Errands) -> Dispatcher:
+    return Dispatcher(
+        around.channels,
+        fleet,
+        around.clock,
+        metrics,
+        config.dispatch,
+        errands,
+        waiting_max=config.admission.queue_max,
+        retries_burst=config.admission.permits,
+    )

@@ -15,7 +15,17 @@ from covey.types.program import CacheMode, CallParams, ChoiceDone, Completed, De
 from services.gateway.assembly import Gateway
 from services.gateway.config import DispatchSettings
 from services.gateway.job import Job, Prompt
-from tests.support.fake_mesh import MODEL, TENANT, FakeMesh, FakeTokenizer, FakeWorker, expected_ids, fake_mesh, fast
+from tests.support.fake_mesh import (
+    MODEL,
+    OTHER,
+    TENANT,
+    FakeMesh,
+    FakeTokenizer,
+    FakeWorker,
+    expected_ids,
+    fake_mesh,
+    fast,
+)
 
 LONG = "tell me everything about graphs " * 6
 
@@ -281,7 +291,7 @@ async def test_tenants_have_chains_of_their_own() -> None:
         worker = await mesh.add(FakeWorker(name="d", role=Role.DECODE))
         gateway = await mesh.gateway()
         await run(gateway, job())
-        await run(gateway, replace(job(), tenant="other"))
+        await run(gateway, replace(job(), tenant=OTHER))
     first, second = (seen.scopes[0] for seen in worker.seen)
     assert first.namespace != second.namespace
     assert first.chain_root != second.chain_root

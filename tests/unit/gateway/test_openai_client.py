@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio.to_thread
 import openai
 import pytest
@@ -10,7 +12,7 @@ from covey.types.generate import Role
 from tests.support.fake_mesh import API_KEY, MODEL, FakeSemCache, FakeWorker
 from tests.support.http_edge import http_edge
 
-MESSAGES = [{"role": "user", "content": "hello"}]
+MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
 async def test_whole_answers_and_streams() -> None:
@@ -79,8 +81,8 @@ async def test_the_synchronous_client() -> None:
     async with http_edge() as edge:
         await edge.mesh.add(FakeWorker(name="d", role=Role.DECODE))
 
-        def ask() -> str | None:
+        def ask() -> str:
             with openai.OpenAI(base_url=f"{edge.url}/v1", api_key=API_KEY) as client:
-                return client.chat.completions.create(model=MODEL, messages=MESSAGES).choices[0].message.content
+                return client.chat.completions.create(model=MODEL, messages=MESSAGES).choices[0].message.content or ""
 
-        assert len(await anyio.to_thread.run_sync(ask) or "") == 12
+        assert len(await anyio.to_thread.run_sync(ask)) == 12

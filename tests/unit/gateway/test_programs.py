@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import pytest
 
-from covey.auth import ApiKeys, MeshToken
-from covey.codec.methods import Inference, Programs
+from covey.auth import MeshToken
+from covey.codec.methods import Programs
 from covey.errors import (
     AlreadyExists,
     Cancelled,
@@ -19,106 +17,25 @@ from covey.errors import (
     DeadlineExceeded,
     InvalidArgument,
     NotFound,
-    Unauthenticated,
 )
-from covey.net.rpc import Channel, serve
+from covey.net.rpc import Channel
 from covey.testing import assert_eventually
-from covey.types.common import Empty
 from covey.types.generate import FinishReason, Role
-from covey.types.ids import CallId, ProgramId
+from covey.types.ids import CallId
 from covey.types.program import (
     AckValues,
-    CacheMode,
-    CallParams,
     CancelCalls,
-    ChatRequest,
-    Completed,
-    Delta,
     GetVariable,
-    Message,
-    Objective,
-    ObjectiveKind,
     OpenProgram,
     ProgramRequest,
     SemanticCall,
     SetVariable,
-    SubmitCalls,
     ToolHint,
     VariableDelta,
-    VariableValue,
 )
-from services.gateway.config import Config, ProgramSettings
-from services.gateway.rpc.credentials import EdgeCredentials
-from tests.support.fake_mesh import (
-    API_KEY,
-    MODEL,
-    OTHER,
-    OTHER_KEY,
-    TENANT,
-    FakeMesh,
-    FakeTokenizer,
-    FakeWorker,
-    expected_ids,
-    fake_mesh,
-    fast,
-)
-
-MESH_TOKEN = MeshToken("the-token-of-the-test-mesh")
-LATENCY = Objective(kind=ObjectiveKind.LATENCY)
-
-
-def call(
-    name: str, template: str, *, timeout_s: float = 0.0, tool: ToolHint | None = None, **params: Any
-) -> SemanticCall:
-    return SemanticCall(
-        call_id=CallId(name),
-        messages=(Message(role="user", content=template),),
-        output=f"out_{name}",
-        params=CallParams(temperature=0.0, **params),
-        cache=CacheMode.BYPASS,
-        then_tool=tool,
-        timeout_s=timeout_s,
-    )
-
-
-def answer(prompt: str, count: int = 12) -> str:
-    """What the fake model says to a prompt."""
-    ids = FakeTokenizer().encode_chat([{"role": "user", "content": prompt}])
-    return "".join(map(chr, expected_ids(tuple(ids), count)))
-
-
-class Client:
-    """A program of one tenant."""
-
-    def __init__(self, channel: Channel, program_id: ProgramId) -> None:
-        self.channel = channel
-        self.program_id = program_id
-
-    async def submit(self, *calls: SemanticCall, **variables: str) -> Any:
-        request = SubmitCalls(program_id=self.program_id, calls=calls, variables=variables)
-        return await self.channel.call(Programs.SUBMIT, request, timeout_s=5)
-
-    async def get(self, name: str, *, timeout_s: float = 5.0, objective: Objective = LATENCY) -> VariableValue:
-        request = GetVariable(program_id=self.program_id, name=name, objective=objective, timeout_s=timeout_s)
-        return await self.channel.call(Programs.GET, request, timeout_s=timeout_s + 5)
-
-
-@asynccontextmanager
-async def edge(config: Config | None = None) -> AsyncIterator[tuple[FakeMesh, Channel]]:
-    """A fake mesh and a channel of its tenant to the gateway's gRPC edge."""
-    async with fake_mesh() as mesh:
-        gateway = await mesh.gateway(config)
-        keys = ApiKeys({TENANT: API_KEY, OTHER: OTHER_KEY})
-        async with (
-            serve("127.0.0.1:0", gateway.handlers, token=EdgeCredentials(keys, MESH_TOKEN), grace_s=0.2) as server,
-            Channel.open(server.address, token=MeshToken(API_KEY)) as channel,
-        ):
-            yield mesh, channel
-
-
-async def opened(channel: Channel, **fields: Any) -> Client:
-    handle = await channel.call(Programs.OPEN, OpenProgram(**fields), timeout_s=5)
-    return Client(channel, handle.program_id)
+from services.gateway.config import ProgramSettings
+from tests.support.fake_mesh import OTHER_KEY, FakeMesh, FakeWorker, fast
+from tests.support.grpc_edge import LATENCY, Client, answer, call, edge, opened
 
 
 async def worker_of(mesh: FakeMesh, **faults: Any) -> FakeWorker:
@@ -370,50 +287,3 @@ async def test_ten_thousand_calls_are_bounded_by_the_places() -> None:
         await assert_eventually(lambda: worker.running == 4)
         await anyio.wait_all_tasks_blocked()
         assert len(worker.seen) == 4
-
-
-async def test_inference_over_grpc_and_its_credentials() -> None:
-    async with edge() as (mesh, channel):
-        worker = await worker_of(mesh)
-        request = ChatRequest(
-            model=MODEL,
-            messages=(Message(role="user", content="hi"),),
-            params=CallParams(temperature=0.0),
-            cache=CacheMode.BYPASS,
-        )
-
-        async def ask(through: Channel, **headers: str) -> list[Any]:
-            async with through.stream(Inference.CHAT, request, timeout_s=5, headers=headers) as events:
-                return [event async for event in events]
-
-        events = await ask(channel)
-        assert "".join(e.text for e in events if isinstance(e, Delta)) == answer("hi")
-        assert isinstance(events[-1], Completed)
-        models = await channel.call(Inference.MODELS, Empty(), timeout_s=5)
-        assert [m.id for m in models.models] == [MODEL]
-        async with Channel.open(channel.address, token=MESH_TOKEN) as internal:
-            await ask(internal, **{"x-covey-tenant": "someone"})
-            with pytest.raises(Unauthenticated):
-                await ask(internal)
-        await ask(channel, **{"x-covey-tenant": "someone"})  # a tenant's own claim counts for nothing
-        async with Channel.open(channel.address, token=MeshToken("not-a-key-of-this-mesh")) as nobody:
-            with pytest.raises(Unauthenticated):
-                await ask(nobody)
-    assert [seen.tenant for seen in worker.seen] == ["acme", "someone", "acme"]
-
-
-async def test_a_grpc_client_that_leaves_frees_the_worker() -> None:
-    async with edge() as (mesh, channel):
-        worker = await worker_of(mesh, pace_s=0.02, answer_tokens=400)
-        request = ChatRequest(
-            model=MODEL,
-            messages=(Message(role="user", content="hi"),),
-            params=CallParams(temperature=0.0, max_tokens=400),
-            cache=CacheMode.BYPASS,
-        )
-        async with channel.stream(Inference.CHAT, request, timeout_s=10) as events:
-            async for event in events:
-                if isinstance(event, Delta):
-                    break
-        await assert_eventually(lambda: worker.running == 0, timeout_s=0.5)
-        await assert_eventually(lambda: mesh.metric("covey_num_requests_running") == 0)
