@@ -73,7 +73,7 @@ class Loopback:
         service = SERVICES[name]
         entry = service.get("entrypoint") or ["python", "-P", "-m", f"services.{name}"]
         words = [self.translate(word) for word in [*entry, *service.get("command", [])]]
-        program = {"python": [sys.executable], "covey": [sys.executable, "-m", "covey.cli.main"]}[words[0]]
+        program = {"python": [sys.executable], "covey": [sys.executable, "-m", "covey"]}[words[0]]
         return [*program, *words[1:]]
 
     def environment(self, name: str) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Launcher:
             write_tiny_llama(model)
         flags = ["--json", "--port", "0", "--run-dir", str(folder / "run"), "--model", f"tiny={model}"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "covey.cli.main", "up", *flags],
+            [sys.executable, "-m", "covey", "up", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -61,7 +61,17 @@ class Launcher:
     def end(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        return self.process.wait(60)
+        return self.wait()
+
+    def kill(self) -> int:
+        self.process.kill()
+        return self.wait()
+
+    def wait(self) -> int:
+        code = self.process.wait(60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
 
 
 @pytest.fixture
@@ -75,8 +85,7 @@ async def test_a_killed_launcher_leaves_nothing_that_the_next_start_does_not_cle
     first = Launcher(folder)
     assert len(first.children) >= 7
     assert first.chat().status_code == httpx.codes.OK
-    first.process.kill()
-    first.process.wait()
+    first.kill()
     await assert_eventually(lambda: not any(_alive(child) for child in first.children), timeout_s=30)
     second = Launcher(folder)
     try:
