@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 from covey.errors import ContextLengthExceeded, InvalidArgument, Unimplemented
 from covey.model.plan import RunnerInfo
 from covey.types.generate import GenerateRequest, Role
@@ -66,8 +69,11 @@ class Intake:
                 "must hold the prompt and at least one more",
                 field="token_ids",
             )
-        if min(request.token_ids) < 0 or max(request.token_ids) >= self._info.vocab_size:
-            raise InvalidArgument(f"token ids must be from 0 to {self._info.vocab_size - 1}", field="token_ids")
+        self._check_ids(request.token_ids, "token_ids")
+        self._check_ids(_emitted(request)[0], "resume.emitted")
+        self._check_ids(request.sampling.logit_bias, "sampling.logit_bias")
+        if not all(math.isfinite(bias) for bias in request.sampling.logit_bias.values()):
+            raise InvalidArgument("a bias must be a finite number", field="sampling.logit_bias")
         if request.sampling.max_tokens < 1:
             raise InvalidArgument("must be at least 1", field="sampling.max_tokens")
         if request.grammar:
@@ -75,6 +81,10 @@ class Intake:
         if self._role is Role.PREFILL and request.ticket is not None:
             raise InvalidArgument("a prefill worker takes no ticket", field="ticket")
         _validate_emitted(request, self.context_limit)
+
+    def _check_ids(self, ids: Collection[int], field: str) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self._info.vocab_size:
+            raise InvalidArgument(f"token ids must be from 0 to {self._info.vocab_size - 1}", field=field)
 
 
 def _validate_emitted(request: GenerateRequest, context_limit: int) -> None:

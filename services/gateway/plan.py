@@ -16,6 +16,7 @@ from .job import COMPLETION_TOKENS_DEFAULT, SEQUENCES_MAX, Job, Prompt
 from .models import Catalog, LocalModel
 
 SEED_BITS = 63
+BIAS_MAX = 100
 INLINE_CHARS = 20_000
 """Longer prompts are tokenized in a thread, so that they hold nobody up."""
 
@@ -45,6 +46,8 @@ async def plan(job: Job, model: LocalModel, catalog: Catalog, rng: Random) -> tu
     vocabulary = model.tokenizer.vocab_size
     if any(not 0 <= token < vocabulary for token in job.params.logit_bias):
         raise InvalidArgument(f"token ids must be below {vocabulary}", field="logit_bias")
+    if not all(-BIAS_MAX <= bias <= BIAS_MAX for bias in job.params.logit_bias.values()):
+        raise InvalidArgument(f"a bias must be from -{BIAS_MAX} to {BIAS_MAX}", field="logit_bias")
     limit = catalog.context_limit(model)
     seed = rng.getrandbits(SEED_BITS) if job.params.seed is None else job.params.seed
     planned: list[Planned] = []

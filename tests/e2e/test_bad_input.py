@@ -237,6 +237,7 @@ BAD_RPC_CHATS: dict[str, tuple[ChatRequest | CompleteRequest, type[CoveyError], 
     "an empty stop": (say(stop=("",)), InvalidArgument, "stop"),
     "a long stop": (say(stop=("x" * 10_000,)), InvalidArgument, "stop"),
     "no such token": (say(logit_bias={99_999: 1.0}), InvalidArgument, "logit_bias"),
+    "a bias that is no number": (say(logit_bias={1: math.nan}), InvalidArgument, "logit_bias"),
     "too many choices": (say(n=1000), InvalidArgument, "params.n"),
 }
 

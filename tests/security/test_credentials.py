@@ -5,13 +5,25 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from covey.auth import MeshToken
 from covey.cli.mesh import Mesh
-from covey.codec.methods import Decode, Flow, Inference, KvStore, Method, Prefill, Programs, SemCache, ServerStream
+from covey.codec.methods import (
+    Decode,
+    Flow,
+    Inference,
+    KvStore,
+    Method,
+    Prefill,
+    Programs,
+    SemCache,
+    ServerStream,
+    Unary,
+)
 from covey.errors import CoveyError, Unauthenticated
 from covey.net.grpc_transport import GrpcTransport
 from covey.net.rpc import Channel
@@ -103,7 +115,7 @@ async def test_a_key_elsewhere_than_in_the_header_is_no_key(mesh: Mesh) -> None:
         assert good.status_code == httpx.codes.OK, "the scheme's case does not matter"
 
 
-async def refusal(address: str, method: Method[Empty, object], credential: str | None) -> CoveyError:
+async def refusal(address: str, method: Method[Any, Any], credential: str | None) -> CoveyError:
     """What a bare call with this header is answered with."""
     transport = GrpcTransport(address, message_bytes_max=1 << 20)
     headers = {} if credential is None else {"authorization": credential}
@@ -120,7 +132,7 @@ async def refusal(address: str, method: Method[Empty, object], credential: str |
 
 
 async def test_every_wrong_key_gets_the_same_answer_over_grpc(mesh: Mesh) -> None:
-    doors: tuple[tuple[str, Method[Empty, object]], ...] = (
+    doors: tuple[tuple[str, Method[Any, Any]], ...] = (
         (mesh.grpc, Inference.MODELS),
         (mesh.grpc, Inference.CHAT),
         (mesh.grpc, Programs.OPEN),
@@ -136,7 +148,7 @@ async def test_every_wrong_key_gets_the_same_answer_over_grpc(mesh: Mesh) -> Non
 
 
 async def test_inner_services_want_the_mesh_token(mesh: Mesh) -> None:
-    doors: dict[str, tuple[Method[Empty, object], ...]] = {
+    doors: dict[str, tuple[Unary[Any, Any] | ServerStream[Any, Any], ...]] = {
         "prefill-0": (Prefill.LOAD, Prefill.GENERATE),
         "decode-0": (Decode.LOAD, Decode.GENERATE),
         "kvstore-0": (KvStore.STATS, KvStore.SNAPSHOT, KvStore.LOOKUP),
@@ -154,7 +166,9 @@ async def test_inner_services_want_the_mesh_token(mesh: Mesh) -> None:
                 error = await refusal(address, method, credential)
                 assert type(error) is Unauthenticated, (name, method.path, error)
         async with probing(mesh) as probe:  # the control: the token opens it
-            await probe.to(name).call(methods[0], Empty(), timeout_s=5)
+            opened = methods[0]
+            assert isinstance(opened, Unary)
+            await probe.to(name).call(opened, Empty(), timeout_s=5)
 
 
 async def test_the_mesh_token_alone_is_no_tenant_at_the_edge(mesh: Mesh) -> None:
