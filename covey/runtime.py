@@ -12,7 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from hashlib import blake2b
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -170,6 +170,23 @@ class Runtime:
         self._stopped.set()
 
 
+def run_service(package: str) -> int:
+    """Run a service package: `serve` of its module `service` with `Config` of its module `config`.
+
+    A package that is not installed is a missing dependency: exit code 3, naming the extra that has it.
+    """
+    name = package.rpartition(".")[2]
+    try:
+        config, service = import_module(f"{package}.config"), import_module(f"{package}.service")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in {"covey", "services"}:
+            raise
+        sys.stderr.write(f"covey {name}: the package {missing!r} is not installed: pip install 'covey[{name}]'\n")
+        return EXIT_DEPENDENCY
+    return run(service.serve, config.Config, name=name)
+
+
 def run(serve: Serve[C], config: type[C], *, name: str, argv: Sequence[str] | None = None) -> int:
     """Run a service to its end and return the exit code: 0 drained, 1 crashed, 2 bad config, 3 dependency missing."""
     flags = _flags(name).parse_args(argv)
@@ -255,7 +272,7 @@ def _flags(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit with 0 or 2")
     parser.add_argument("--print-config", action="store_true", help="show every setting and its source, and exit")
-    parser.add_argument("--ready-fd", type=int, metavar="N", help="write one byte to this descriptor when ready")
+    parser.add_argument("--ready-fd", type=int, metavar="N", help="write a JSON line of addresses here when ready")
     parser.add_argument(
         "--die-with-parent", nargs="?", const="0", metavar="PID", help="drain when the starting process (PID) dies"
     )

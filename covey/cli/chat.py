@@ -12,7 +12,8 @@ import click
 import httpx
 from rich.console import Console
 
-from covey.cli.state import home, http_client, read_endpoints
+from covey.cli.state import http_client
+from covey.client.endpoints import running_mesh
 from covey.errors import Unavailable
 
 DATA = "data: "
@@ -35,7 +36,7 @@ def chat(
 async def _chat(
     prompt: str | None, model: str | None, options: dict[str, Any], as_json: bool, run_dir: Path | None
 ) -> None:
-    endpoints = read_endpoints(run_dir or home() / "run")
+    endpoints = running_mesh(run_dir)
     console = Console()
     history: list[dict[str, str]] = []
     async with http_client(endpoints) as client:
@@ -73,6 +74,14 @@ async def stream_chat(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncI
         Unavailable: the mesh refused or failed; the message is its own.
     """
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        async for chunk in _chunks(client, body):
+            yield chunk
+    except httpx.TransportError as error:
+        raise Unavailable(f"the mesh does not answer at {client.base_url}: {error}") from error
+
+
+async def _chunks(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != httpx.codes.OK:
             await response.aread()

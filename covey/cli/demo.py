@@ -19,7 +19,7 @@ from covey.cli.files import MeshFiles
 from covey.cli.mesh import Mesh, MeshPlan, running
 from covey.cli.models import parse_models
 from covey.cli.run_view import follow
-from covey.cli.state import home, http_client
+from covey.cli.state import http_client, ready_home
 from covey.cli.up import Progress, publish
 from covey.client.client import Client
 from covey.clock import Clock, MonotonicClock
@@ -51,7 +51,7 @@ def demo(models: tuple[str, ...]) -> None:
     """Exit code 0 only if every step ended well."""
     local, remotes = parse_models(models)
     with tempfile.TemporaryDirectory(prefix="covey-demo-") as run_dir:
-        files = MeshFiles(run_dir=Path(run_dir), cache_dir=home() / "cache")
+        files = MeshFiles(run_dir=Path(run_dir), cache_dir=ready_home() / "cache")
         anyio.run(_demo, MeshPlan(files=files, models=local, remotes=remotes))
 
 
@@ -59,11 +59,11 @@ async def _demo(plan: MeshPlan) -> None:
     console, clock = Console(), MonotonicClock()
     console.rule("[bold]six services, one model[/]")
     async with running(plan, report=Progress(console, as_json=False)) as mesh:
-        publish(mesh)
+        endpoints = publish(mesh)
         console.rule("[bold]a streamed answer[/]")
         console.print(f"[cyan]> {QUESTION}[/]")
-        async with http_client(publish(mesh)) as client:
-            chat = await _chat(client, next(iter(plan.models)), console, clock)
+        async with http_client(endpoints) as client:
+            chat = await _chat(client, endpoints.models[0], console, clock)
         runs = [await _workflow(mesh, console, clock, nth) for nth in ("first", "second")]
     console.rule("[bold]what it cost[/]")
     console.print(_table(chat, *runs))
@@ -112,7 +112,8 @@ async def _workflow(mesh: Mesh, console: Console, clock: Clock, nth: str) -> Cos
         seconds = clock.now() - began
     if view.state is not RunState.SUCCEEDED:
         raise FailedPrecondition(f"the workflow's {nth} run {view.state.value.lower()}: {view.error}")
-    console.print(f"[cyan]answer:[/] {view.outputs['answer']}", highlight=False)
+    console.print("answer:", style="cyan", end=" ")
+    console.print(view.outputs["answer"], markup=False, highlight=False)
     return _cost(view, seconds)
 
 

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from covey.cli.state import home
+from covey.cli.state import ready_home
 
 MEMORY_BYTES_MIN = 4 << 30
 DISK_BYTES_MIN = 2 << 30
@@ -94,11 +94,11 @@ def _memory() -> Finding:
 
 
 def _disk() -> Finding:
-    free = shutil.disk_usage(home()).free
+    free = shutil.disk_usage(ready_home()).free
     return Finding(
         check="disk",
         well=free >= DISK_BYTES_MIN,
-        found=f"{free / 2**30:.1f} GiB free under {home()}",
+        found=f"{free / 2**30:.1f} GiB free under {ready_home()}",
         mend="free 2 GiB, or set COVEY_HOME to a larger disk: converted weights are kept there",
     )
 

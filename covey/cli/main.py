@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": ("covey.cli.bench", "Measure the mesh."),
     "doctor": ("covey.cli.doctor", "Say what is missing and how to mend it."),
 }
+BENCH_PACKAGES = {"matplotlib", "psutil", "benchmarks"}
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_MISSING = 3
@@ -62,10 +63,22 @@ def main() -> None:
         sys.exit(130)
     except CoveyError as error:
         _fail(error.message, EXIT_FAILED)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in {"covey", "services"}:
+    except ExceptionGroup as group:
+        known = group.subgroup(CoveyError)
+        if known is None:
             raise
-        _fail(f"the package {error.name!r} is not installed: pip install 'covey[mesh]'", EXIT_MISSING)
+        _fail(_first(known).message, EXIT_FAILED)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in {"covey", "services"}:
+            raise
+        extra = "bench" if package in BENCH_PACKAGES else "mesh"
+        _fail(f"the package {package!r} is not installed: pip install 'covey[{extra}]'", EXIT_MISSING)
+
+
+def _first(group: ExceptionGroup[CoveyError]) -> CoveyError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error
 
 
 def _fail(message: str, code: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import anyio
@@ -15,7 +15,7 @@ from covey.cli.child import Child, ChildSpec
 from covey.cli.files import MeshFiles
 from covey.cli.kept_nats import KeptNats, kept_nats
 from covey.clock import Clock, MonotonicClock
-from covey.errors import CoveyError, DeadlineExceeded, Unavailable
+from covey.errors import CoveyError, DeadlineExceeded, InvalidArgument, Unavailable
 from covey.retry import Backoff
 
 START_TIMEOUT_S = 180.0
@@ -47,6 +47,12 @@ class MeshPlan:
     environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """More environment for single children, by name: failpoints, mostly."""
     restart: bool = True
+
+    def __post_init__(self) -> None:
+        for text in self.settings:
+            if text.partition(".")[0] not in DRAIN_ORDER or "=" not in text:
+                roles = ", ".join(DRAIN_ORDER)
+                raise InvalidArgument(f"--set {text}: write SERVICE.KEY=VALUE with one of {roles}", field="set")
 
     def children(self) -> tuple[ChildSpec, ...]:
         """Every service process, named `role-index` (and the model where there are several)."""
@@ -158,7 +164,14 @@ class Mesh:
                     f"{spec.name} does not stay up (exit code {code}):\n{self.children[spec.name].tail()}"
                 )
             await anyio.sleep(backoff.delay_s(len(crashes), rng))
-            await self._start(spec)
+            await self._start(self._on_its_ports(spec))
+
+    def _on_its_ports(self, spec: ChildSpec) -> ChildSpec:
+        """A restarted gateway listens where its clients know it."""
+        if spec.name != "gateway-0":
+            return spec
+        edges = ("--set", f"http_listen={self.http.removeprefix('http://')}", "--set", f"grpc_listen={self.grpc}")
+        return replace(spec, flags=(*spec.flags, *edges))
 
     def leave_children(self) -> None:
         """From here on an ended child is not restarted."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from covey.cli.state import home, read_endpoints
+from covey.client.endpoints import running_mesh
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -18,12 +18,11 @@ from covey.cli.state import home, read_endpoints
 @click.option("--run-dir", type=click.Path(file_okay=False, path_type=Path), help="Of which mesh.")
 def run(file: Path, arguments: tuple[str, ...], run_dir: Path | None) -> None:
     """Run FILE; `covey.Client.connect()` and the OpenAI client find the mesh by themselves."""
-    directory = run_dir or home() / "run"
-    endpoints = read_endpoints(directory)
+    endpoints = running_mesh(run_dir)
     environment = {
         **os.environ,
-        "COVEY_RUN_DIR": str(directory),
+        "COVEY_RUN_DIR": str(Path(endpoints.api_key_file).parent),
         "OPENAI_BASE_URL": f"{endpoints.http}/v1",
-        "OPENAI_API_KEY": Path(endpoints.api_key_file).read_text().strip(),
+        "OPENAI_API_KEY": endpoints.api_key(),
     }
     sys.exit(subprocess.run([sys.executable, str(file), *arguments], env=environment, check=False).returncode)

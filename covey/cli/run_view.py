@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from covey.client.run import Run
@@ -86,5 +87,5 @@ def _notes(node: NodeView) -> str:
     if node.state is NodeState.SUCCEEDED and node.kind == "llm" and node.cache in {"EXACT", "SEMANTIC"}:
         notes.append(f"semcache: {node.cache.value.lower()}")
     if node.error:
-        notes.append(f"[red]{node.error_code}: {node.error}[/]")
+        notes.append(f"[red]{node.error_code}: {escape(node.error)}[/]")
     return ", ".join(notes)

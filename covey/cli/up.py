@@ -17,7 +17,8 @@ from rich.table import Table
 from covey.cli.files import MeshFiles
 from covey.cli.mesh import Mesh, MeshPlan, running
 from covey.cli.models import parse_models
-from covey.cli.state import Endpoints, home, write_endpoints
+from covey.cli.state import ready_home, write_endpoints
+from covey.client.endpoints import ENDPOINTS, Endpoints
 from covey.errors import InvalidArgument
 
 HTTP_PORT = 8000
@@ -73,7 +74,7 @@ def up(
     """Start the whole mesh on this machine; Ctrl-C drains it."""
     local, remote = parse_models(models)
     plan = MeshPlan(
-        files=MeshFiles(run_dir=run_dir or home() / "run", cache_dir=home() / "cache", base=config),
+        files=MeshFiles(run_dir=run_dir or ready_home() / "run", cache_dir=ready_home() / "cache", base=config),
         models=local,
         remotes=remote,
         prefill=prefill,
@@ -129,7 +130,7 @@ async def _hold(plan: MeshPlan, progress: Progress, console: Console, as_json: b
     finally:
         if live is not None:
             live.stop()
-        (plan.files.run_dir / "endpoints.json").unlink(missing_ok=True)
+        (plan.files.run_dir / ENDPOINTS).unlink(missing_ok=True)
         scope.cancel()
 
 

@@ -51,7 +51,7 @@ class Client:
         """
         if not gateway and not flow:
             mesh = await to_thread.run_sync(running_mesh, run_dir)
-            gateway, flow, api_key = mesh.gateway, mesh.flow, api_key or mesh.api_key
+            gateway, flow, api_key = mesh.grpc, mesh.flow, api_key or await to_thread.run_sync(mesh.api_key)
         if not api_key:
             raise InvalidArgument(
                 "an API key is needed: it stands in the file `api_key_file` of the mesh", field="api_key"

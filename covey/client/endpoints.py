@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -14,41 +13,54 @@ ENDPOINTS = "endpoints.json"
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client needs of the file that `covey up` writes; it may hold more."""
+    """Where a running mesh is; written by `covey up`, read by every other command and by the SDK."""
 
+    pid: int
+    """Of the launcher: with it the mesh ends."""
+    http: str
     grpc: str
     flow: str
     api_key_file: str
+    models: list[str]
+
+    def api_key(self) -> str:
+        """The local tenant's key."""
+        return Path(self.api_key_file).read_text().strip()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningMesh:
-    """`host:port` of the gateway and of agentflow, and a key for both."""
-
-    gateway: str
-    flow: str
-    api_key: str
+def home() -> Path:
+    """`$COVEY_HOME`, or `~/.covey`: weights cache, run directories, keys."""
+    return Path(os.environ.get("COVEY_HOME", "~/.covey")).expanduser()
 
 
-def running_mesh(run_dir: Path | str | None) -> RunningMesh:
-    """Read where the mesh is; reads files, so call it in a thread.
+def running_mesh(run_dir: Path | str | None = None) -> Endpoints:
+    """Find the mesh of a run directory: the given one, the one `covey run` names, or the default.
+
+    Reads files, so call it in a thread.
 
     Raises:
         Unavailable: no mesh runs from there.
         InvalidArgument: its files cannot be read.
     """
-    directory = Path(run_dir or _default_run_dir()).expanduser()
+    directory = Path(run_dir or os.environ.get("COVEY_RUN_DIR") or home() / "run").expanduser()
     file = directory / ENDPOINTS
     try:
         endpoints = msgspec.json.decode(file.read_bytes(), type=Endpoints)
-        key = Path(endpoints.api_key_file).read_text().strip()
     except FileNotFoundError as error:
         raise Unavailable(f"no mesh runs from {directory}: start one with `covey up`", field="run_dir") from error
     except (OSError, msgspec.MsgspecError) as error:
         raise InvalidArgument(f"{file} cannot be read: {error}", field="run_dir") from error
-    return RunningMesh(gateway=endpoints.grpc, flow=endpoints.flow, api_key=key)
+    if not _is_alive(endpoints.pid):
+        gone = f"the mesh of {directory} is gone (pid {endpoints.pid}): start one with `covey up`"
+        raise Unavailable(gone, field="run_dir")
+    return endpoints
 
 
-def _default_run_dir() -> str:
-    """The SDK runs in the user's process, so this is its edge: `covey run` says here which mesh is meant."""
-    return os.environ.get("COVEY_RUN_DIR") or f"{os.environ.get('COVEY_HOME', '~/.covey')}/run"
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,9 +1,7 @@
-"""`python -m services.agentflow`."""
+"""`python -m services.agentflow`: run the workflow service."""
 
 from __future__ import annotations
 
-from covey.runtime import run
-from services.agentflow.config import Config
-from services.agentflow.service import serve
+from covey.runtime import run_service
 
-raise SystemExit(run(serve, Config, name="agentflow"))
+raise SystemExit(run_service("services.agentflow"))

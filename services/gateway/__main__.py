@@ -1,10 +1,7 @@
-"""`python -m services.gateway`."""
+"""`python -m services.gateway`: run the gateway."""
 
 from __future__ import annotations
 
-from covey.runtime import run
+from covey.runtime import run_service
 
-from .config import Config
-from .service import serve
-
-raise SystemExit(run(serve, Config, name="gateway"))
+raise SystemExit(run_service("services.gateway"))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from covey.runtime import run
+from covey.runtime import run_service
 
-from .config import Config
-from .service import serve
-
-raise SystemExit(run(serve, Config, name="kvstore"))
+raise SystemExit(run_service("services.kvstore"))

@@ -1,10 +1,7 @@
-"""`python -m services.semcache`: run the semcache service."""
+"""`python -m services.semcache`: run the semantic cache."""
 
 from __future__ import annotations
 
-from covey.runtime import run
+from covey.runtime import run_service
 
-from .config import Config
-from .service import serve
-
-raise SystemExit(run(serve, Config, name="semcache"))
+raise SystemExit(run_service("services.semcache"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 import covey
 from covey.cli.doctor import PACKAGES
 
@@ -60,3 +62,17 @@ def test_every_public_name_is_listed_for_type_checkers() -> None:
     (checked,) = [node for node in ast.parse(Path(covey.__file__).read_text()).body if isinstance(node, ast.If)]
     listed = {alias.name for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert listed == set(covey.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize(
+    ("role", "package"), [("gateway", "starlette"), ("semcache", "hnswlib"), ("kvstore", "xxhash"), ("decode", "torch")]
+)
+def test_a_service_without_a_package_exits_3_and_names_its_extra(role: str, package: str, tmp_path: Path) -> None:
+    """Torch is looked for when the model is loaded, which needs NATS: there the settings alone must be enough."""
+    flags = ("--check",) if package == "torch" else ()
+    result = run_without(frozenset({package}), tmp_path, "-P", "-m", f"services.{role}", *flags)
+    if package == "torch":
+        assert result.returncode == 0, result.stderr
+    else:
+        assert result.returncode == 3, result.stderr
+        assert f"pip install 'covey[{role}]'" in result.stderr

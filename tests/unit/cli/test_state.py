@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from covey.cli.state import ENDPOINTS, Endpoints, home, http_client, read_endpoints, write_endpoints
+from covey.cli.state import http_client, ready_home, write_endpoints
+from covey.client.endpoints import ENDPOINTS, Endpoints, running_mesh
 from covey.errors import Unavailable
 
 
@@ -30,14 +31,14 @@ def test_what_is_written_is_read_and_private(tmp_path: Path) -> None:
     written = endpoints_of(tmp_path, os.getpid())
     write_endpoints(tmp_path, written)
 
-    assert read_endpoints(tmp_path) == written
+    assert running_mesh(tmp_path) == written
     assert (tmp_path / ENDPOINTS).stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["api.key", ENDPOINTS]
 
 
 def test_no_mesh_says_how_to_start_one(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match=r"no mesh runs from .*: start one with `covey up`"):
-        read_endpoints(tmp_path)
+        running_mesh(tmp_path)
 
 
 def test_a_launcher_that_is_gone_is_named_by_its_pid(tmp_path: Path) -> None:
@@ -45,13 +46,13 @@ def test_a_launcher_that_is_gone_is_named_by_its_pid(tmp_path: Path) -> None:
         pass
     write_endpoints(tmp_path, endpoints_of(tmp_path, ended.pid))
     with pytest.raises(Unavailable, match=rf"is gone \(pid {ended.pid}\): start one with `covey up`"):
-        read_endpoints(tmp_path)
+        running_mesh(tmp_path)
 
 
 def test_home_is_where_the_environment_says_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COVEY_HOME", str(tmp_path / "deep" / "home"))
-    assert home() == tmp_path / "deep" / "home"
-    assert home().stat().st_mode & 0o777 == 0o700
+    assert ready_home() == tmp_path / "deep" / "home"
+    assert ready_home().stat().st_mode & 0o777 == 0o700
 
 
 async def test_the_http_client_carries_the_key(tmp_path: Path) -> None:

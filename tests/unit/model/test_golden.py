@@ -87,6 +87,7 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
 
 
 @pytest.mark.golden
+@pytest.mark.timeout(400)
 def test_the_packaged_model_is_greedy_like_transformers(smollm2: Any) -> None:
     """Promise 9 by teacher forcing: our token is the reference's best, or within 1e-3 of it in logit."""
     reference = load_reference(resolve("smollm2").path)
