@@ -17,6 +17,7 @@ import pytest
 
 from covey.auth import MeshToken
 from covey.cli.mesh import Mesh
+from covey.clock import MonotonicClock
 from covey.codec.methods import Flow, Inference, Programs
 from covey.errors import AlreadyExists, ContextLengthExceeded, CoveyError, InvalidArgument, NotFound, PayloadTooLarge
 from covey.net.rpc import Channel
@@ -353,6 +354,17 @@ async def test_a_bad_workflow_is_refused_by_name(name: str, mesh: Mesh) -> None:
         with pytest.raises(InvalidArgument) as raised:
             await flow.call(Flow.SUBMIT, request, timeout_s=5)
     named(raised.value, field)
+
+
+async def test_a_refusal_comes_at_once(mesh: Mesh) -> None:
+    """Head and body leave in one go: with Nagle's algorithm the body would wait 40 ms for an acknowledgement."""
+    clock, body, waits = MonotonicClock(), chat(max_tokens=-1), []
+    async with web(mesh) as http:
+        for _ in range(8):
+            began = clock.now()
+            assert (await http.post("/v1/chat/completions", content=body)).status_code == httpx.codes.BAD_REQUEST
+            waits.append(clock.now() - began)
+    assert min(waits) < 0.03
 
 
 async def test_memory_stays_flat_over_bad_requests(mesh: Mesh) -> None:

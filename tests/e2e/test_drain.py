@@ -21,7 +21,7 @@ from tests.support.probe import Probe, mesh_in_thread, probing
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-TOKENS = 300
+TOKENS = 160
 AFTER = 7
 """Pieces of text after which the signal comes."""
 EXIT_S = 20.0

@@ -51,7 +51,8 @@ tau = 0.75
 guard = false
 
 [gateway.dispatch]
-cache_deadline_s = 5.0
+exact_deadline_s = 5.0
+semantic_deadline_s = 5.0
 
 [gateway.routing]
 split = "always"
