@@ -41,11 +41,12 @@ class Graph:
         return node_id in self.outputs or self.then_tool(node_id) is not None
 
     def then_tool(self, node_id: str) -> ToolHint | None:
-        """Return the tool call that consumes the node's value, the longest expected one of several."""
+        """Return the tool call that starts once the node has ended, the longest expected one of several.
+
+        Whether it takes the node's value or only comes after it: either way the conversation waits for the tool.
+        """
         tools = [
-            work
-            for consumer in self.consumers[node_id]
-            if node_id in self.values[consumer] and isinstance(work := self.nodes[consumer].work, ToolNode)
+            work for consumer in self.consumers[node_id] if isinstance(work := self.nodes[consumer].work, ToolNode)
         ]
         if not tools:
             return None

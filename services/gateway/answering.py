@@ -176,6 +176,7 @@ class _Choice:
             self._planned.prompt,
             request.token_ids,
             request.sampling,
+            model=self._model.name,
             revision=revision,
             seeded=self.job.params.seed is not None,
         )

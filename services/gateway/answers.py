@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
@@ -10,7 +11,7 @@ import msgspec
 
 from covey.clock import Clock
 from covey.codec.methods import SemCache
-from covey.errors import CoveyError
+from covey.errors import CoveyError, InvalidArgument
 from covey.net.rpc import Channels
 from covey.retry import Breaker
 from covey.types.generate import FinishReason, Role, Sampling
@@ -20,6 +21,8 @@ from covey.types.semcache import VALUE_CHARS_MAX, CachedAnswer, CacheOffer, Cach
 from .errands import Errands
 from .fleet import Fleet
 from .job import Job, Prompt
+
+log = logging.getLogger(__name__)
 
 SEMANTIC_CHARS_MAX = 65_536
 PIECE_CHARS = 64
@@ -35,9 +38,17 @@ class Cached:
 
 
 def query_for(
-    job: Job, prompt: Prompt, token_ids: tuple[int, ...], sampling: Sampling, *, revision: str, seeded: bool
+    job: Job,
+    prompt: Prompt,
+    token_ids: tuple[int, ...],
+    sampling: Sampling,
+    *,
+    model: str,
+    revision: str,
+    seeded: bool,
 ) -> CacheQuery | None:
-    """What to look for, or None when this request's answer cannot be kept.
+    """What to look for, or None when this request's answer cannot be kept. `model` is what serves it: a job may
+    name none.
 
     The exact key covers model, tokens and all that shapes the answer, and exists when the answer is determined: greedy
     or with the caller's seed. The context key covers the same without the last user turn and the seed.
@@ -45,7 +56,7 @@ def query_for(
     if sampling.logprobs is not None:
         return None  # kept answers have none
     biases = sorted(sampling.logit_bias.items())
-    shape = (job.model, revision, job.params.stop, biases, astuple(replace(sampling, seed=0, logit_bias={})))
+    shape = (model, revision, job.params.stop, biases, astuple(replace(sampling, seed=0, logit_bias={})))
     exact = b""
     if sampling.temperature == 0:
         exact = _key("exact", shape, token_ids)
@@ -56,35 +67,53 @@ def query_for(
         return None
     return CacheQuery(
         tenant=job.tenant,
-        model=job.model,
+        model=model,
         exact_key=exact,
         context_key=_key("context", shape, context) if text else b"",
         text=text,
     )
 
 
+class _Tier:
+    """How long one kind of look-up may take, and whether it is tried at all."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self.breaker = Breaker(failures=3, open_s=5.0)
+
+
 class Answers:
     """Finds and offers answers; when semcache is slow or gone there simply is no cache for a while."""
 
-    def __init__(self, channels: Channels, fleet: Fleet, clock: Clock, errands: Errands, *, deadline_s: float) -> None:
+    def __init__(
+        self,
+        channels: Channels,
+        fleet: Fleet,
+        clock: Clock,
+        errands: Errands,
+        *,
+        exact_deadline_s: float,
+        semantic_deadline_s: float,
+    ) -> None:
         self._channels = channels
         self._fleet = fleet
         self._clock = clock
         self._errands = errands
-        self._deadline_s = deadline_s
-        self._breaker = Breaker(failures=3, open_s=5.0)
+        # A breaker each: an encoder that is late must not take the exact tier away.
+        self._exact = _Tier(exact_deadline_s)
+        self._semantic = _Tier(semantic_deadline_s)
 
     async def exact(self, query: CacheQuery) -> Cached | CacheOutcome:
         """The answer to exactly this request, or MISS, or OFF when semcache did not say in time."""
         if not query.exact_key:
             return CacheOutcome.MISS
-        return await self._lookup(replace(query, text="", context_key=b""))
+        return await self._lookup(replace(query, text="", context_key=b""), self._exact)
 
     async def semantic(self, query: CacheQuery) -> Cached | CacheOutcome:
         """The answer to a request that means the same, or MISS, or OFF."""
         if not query.text:
             return CacheOutcome.MISS
-        return await self._lookup(replace(query, exact_key=b""))
+        return await self._lookup(replace(query, exact_key=b""), self._semantic)
 
     def offer(
         self, query: CacheQuery, text: str, ids: tuple[int, ...], reason: FinishReason, prompt_tokens: int
@@ -104,22 +133,24 @@ class Answers:
         channel = self._channels.to(address)
         self._errands.run(lambda: channel.call(SemCache.OFFER, offer, timeout_s=5.0), "offer")
 
-    async def _lookup(self, query: CacheQuery) -> Cached | CacheOutcome:
+    async def _lookup(self, query: CacheQuery, tier: _Tier) -> Cached | CacheOutcome:
         address = self._fleet.service(Role.SEMCACHE)
-        attempt = self._breaker.attempt(self._clock.now()) if address else None
+        attempt = tier.breaker.attempt(self._clock.now()) if address else None
         if address is None or attempt is None:
             return CacheOutcome.OFF
         try:
-            reply: CacheReply = await self._channels.to(address).call(
-                SemCache.LOOKUP, query, timeout_s=self._deadline_s
-            )
-        except CoveyError:
-            self._breaker.fail(attempt, self._clock.now())
+            reply: CacheReply = await self._channels.to(address).call(SemCache.LOOKUP, query, timeout_s=tier.deadline_s)
+        except CoveyError as error:
+            log.warning("look-up failed code=%s", error.code)
+            if isinstance(error, InvalidArgument):
+                tier.breaker.cancel(attempt)  # one odd query says nothing about semcache
+            else:
+                tier.breaker.fail(attempt, self._clock.now())
             return CacheOutcome.OFF
         except BaseException:
-            self._breaker.cancel(attempt)
+            tier.breaker.cancel(attempt)
             raise
-        self._breaker.succeed(attempt)
+        tier.breaker.succeed(attempt)
         if reply.answer is None or reply.outcome not in (CacheOutcome.EXACT, CacheOutcome.SEMANTIC):
             return CacheOutcome.MISS
         return Cached(outcome=reply.outcome, answer=reply.answer)

@@ -80,7 +80,14 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
         client = await stack.enter_async_context(httpx.AsyncClient())
         answering = Answering(
             dispatcher=_dispatcher(config, around, fleet, metrics, errands),
-            answers=Answers(channels, fleet, clock, errands, deadline_s=config.dispatch.cache_deadline_s),
+            answers=Answers(
+                channels,
+                fleet,
+                clock,
+                errands,
+                exact_deadline_s=config.dispatch.exact_deadline_s,
+                semantic_deadline_s=config.dispatch.semantic_deadline_s,
+            ),
             pins=PinPolicy(config.pinning.policy()),
             fleet=fleet,
             channels=channels,

@@ -83,7 +83,11 @@ class DispatchSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     event_gap_s: Positive = 2.0
     """A worker silent for longer is abandoned; workers send an event every 250 ms."""
     migrations_max: Annotated[int, msgspec.Meta(ge=0)] = 2
-    cache_deadline_s: Positive = 0.05
+    exact_deadline_s: Positive = 0.5
+    """Of the look-up of an equal request, which comes before any work: a hit spares all of it. Generous, since a
+    semcache that loads its encoder beside busy engines stalls for a third of a second now and then."""
+    semantic_deadline_s: Positive = 0.05
+    """Of the look-up of a similar request, which runs beside the workers: it may hold the first token up so long."""
     stream_events_max: PositiveInt = 1024
     """Events kept for a client that reads slowly; then its stream is closed with an error."""
     heartbeat_s: Positive = 10.0

@@ -354,6 +354,6 @@ async def fake_mesh() -> AsyncIterator[FakeMesh]:
 
 def fast(split: str = "never", **changes: Any) -> Config:
     """A configuration whose waits suit tests."""
-    dispatch = DispatchSettings(event_gap_s=0.3, queue_wait_s=2.0, deadline_s=20.0, cache_deadline_s=0.2)
+    dispatch = DispatchSettings(event_gap_s=0.3, queue_wait_s=2.0, deadline_s=20.0, semantic_deadline_s=0.2)
     config = Config(dispatch=dispatch, routing=RoutingSettings(split=split))  # type: ignore[arg-type]
     return Config(**{**{f: getattr(config, f) for f in config.__struct_fields__}, **changes})

@@ -59,6 +59,12 @@ def test_outputs_are_the_nodes_that_nobody_needs() -> None:
     assert found.then_tool("b") is None
 
 
+def test_a_tool_that_only_comes_after_a_call_is_its_next_tool() -> None:
+    found = graph(_workflow(llm("a", "doc"), tool("t", after=("a",)), llm("b", "a", "t")), ["doc"])
+    assert found.then_tool("a") is not None
+    assert found.is_awaited("a")
+
+
 @given(workflows())
 def test_every_node_comes_after_what_it_needs(workflow: Workflow) -> None:
     found = graph(workflow, ["doc"])
