@@ -15,7 +15,7 @@ from hashlib import blake2b
 from importlib import import_module, metadata
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import anyio
 from structlog.typing import FilteringBoundLogger
@@ -124,7 +124,9 @@ class Runtime:
     async def serve_rpc(self, listen: str, handlers: Handlers, grace_s: float | None = None) -> AsyncIterator[Server]:
         """Serve with the mesh token; `grace_s` is the configured `drain_s` unless given."""
         grace_s = self._config.drain_s if grace_s is None else grace_s
-        async with serve(listen, handlers, token=self.mesh_token, grace_s=grace_s) as server:
+        async with serve(
+            listen, handlers, token=self.mesh_token, grace_s=grace_s, tracer=self.tracing.tracer
+        ) as server:
             self._addresses.append(server.address)
             yield server
 
@@ -170,8 +172,19 @@ class Runtime:
         self._stopped.set()
 
 
-def run_service(package: str) -> int:
-    """Run a service package: `serve` of its module `service` with `Config` of its module `config`.
+def run_service(package: str) -> NoReturn:
+    """Run a service package (`serve` of its module `service`, `Config` of its module `config`) and end the process.
+
+    It ends at once: what had to be done is done, and a thread amid a long import would hold the process up.
+    """
+    code = _run_package(package)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run_package(package: str) -> int:
+    """Import and run; returns the exit code.
 
     A package that is not installed is a missing dependency: exit code 3, naming the extra that has it.
     """

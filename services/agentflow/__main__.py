@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from covey.runtime import run_service
 
-raise SystemExit(run_service("services.agentflow"))
+run_service("services.agentflow")

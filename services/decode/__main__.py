@@ -10,4 +10,4 @@ from covey.runtime import run_service
 for name, value in thread_environment().items():
     os.environ.setdefault(name, value)  # before anything imports torch, which reads them once
 
-raise SystemExit(run_service("services.decode"))
+run_service("services.decode")
