@@ -64,23 +64,39 @@ async def open_loop(
 ) -> list[Sample]:
     """Send each body at its time and wait for all; `tick` is told of each finished request."""
     samples: list[Sample] = []
-
-    async def one(body: dict[str, Any]) -> None:
-        sample = Sample(started=clock.now())
-        samples.append(sample)
-        try:
-            await _stream(client, body, sample, clock)
-        except (CoveyError, httpx.HTTPError) as error:
-            sample.error = type(error).__name__
-        sample.ended = clock.now()
-        tick(sample)
-
     begin = clock.now()
     async with anyio.create_task_group() as tasks:
         for body, at in zip(bodies, times, strict=True):
             await anyio.sleep(max(0.0, begin + at - clock.now()))
-            tasks.start_soon(one, body)
+            tasks.start_soon(_send, client, body, clock, samples, tick)
     return samples
+
+
+async def one_by_one(
+    client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], clock: Clock, tick: Callable[[Sample], None]
+) -> list[Sample]:
+    """Send each body when the answer to the one before it is complete."""
+    samples: list[Sample] = []
+    for body in bodies:
+        await _send(client, body, clock, samples, tick)
+    return samples
+
+
+async def _send(
+    client: httpx.AsyncClient,
+    body: dict[str, Any],
+    clock: Clock,
+    samples: list[Sample],
+    tick: Callable[[Sample], None],
+) -> None:
+    sample = Sample(started=clock.now())
+    samples.append(sample)
+    try:
+        await _stream(client, body, sample, clock)
+    except (CoveyError, httpx.HTTPError) as error:
+        sample.error = type(error).__name__
+    sample.ended = clock.now()
+    tick(sample)
 
 
 async def _stream(client: httpx.AsyncClient, body: dict[str, Any], sample: Sample, clock: Clock) -> None:

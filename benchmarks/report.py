@@ -53,6 +53,11 @@ class Report:
             Row(case=case, system=system, metric=name, unit=unit, value=value, lo=lo, hi=hi, n=len(samples))
         )
 
+    def value(self, *, case: str, system: str, metric: str) -> float | None:
+        """A figure that was added, if it was."""
+        found = (row.value for row in self.rows if (row.case, row.system, row.metric) == (case, system, metric))
+        return next(found, None)
+
     def json(self) -> str:
         """The one object of a run."""
         return json.dumps(

@@ -1,121 +1,242 @@
-"""`covey bench serve`: a whole mesh under an open loop: TTFT, TPOT, ITL, E2E, goodput, start time and memory."""
+"""`covey bench serve`: a whole mesh, and its peers in turn, under one open loop of chat requests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import httpx
+import anyio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.load import Sample, arrivals, open_loop
-from benchmarks.memory import pss_bytes
+from benchmarks.export import export
+from benchmarks.figures import ALONE, Goal, Measured, add_ratios, add_rows, output_tokens_per_s
+from benchmarks.limit import Limits, measure
+from benchmarks.load import Sample, arrivals, one_by_one, open_loop
+from benchmarks.peers import python_of, read_state
 from benchmarks.plots import latency_plot
 from benchmarks.prompts import chat_prompts
 from benchmarks.report import Report
-from covey.cli.mesh import Mesh, MeshPlan, running
-from covey.cli.state import http_client
-from covey.cli.up import publish
-from covey.clock import MonotonicClock
+from benchmarks.system import Covey, Serving, System
+from benchmarks.vllm_server import Vllm
+from benchmarks.workload import Workload, workload
+from covey.cli.mesh import MeshPlan
+from covey.clock import Clock, MonotonicClock
 from covey.errors import CoveyError
+from covey.model.config import ModelConfig
+from covey.model.source import ModelSource, resolve
 
-SYSTEM = "covey"
-RATES_PER_S = (0.25, 0.5, 1.0)
-REQUESTS = 40
-QUICK_RATES_PER_S = (0.5,)
-QUICK_REQUESTS = 12
+OURS = "covey"
+WARM_UP = "Name three rivers."
 OUTPUT_TOKENS = 48
-STATISTICS = ("mean", "p50", "p99")
+BURST = 8
+
+AnySystem = TypeVar("AnySystem", bound=System)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Goal:
-    """What makes a request good: the service-level objective that goodput counts by."""
-
-    ttft_s: float = 2.0
-    tpot_s: float = 0.2
-
-
-async def run(
-    plan: MeshPlan, console: Console, *, quick: bool, data: Path | None, plots: Path, goal: Goal | None = None
-) -> Report:
-    """Start a mesh, measure it idle, then at each rate; draw the plots.
+async def run(plan: MeshPlan, console: Console, *, quick: bool, peers: bool, data: Path | None, plots: Path) -> Report:
+    """Measure the machine, the mesh and, if asked, its peers; draw the plots.
 
     Raises:
         CoveyError: the mesh does not start, or an answer came from the cache though it was bypassed.
     """
     clock, report = MonotonicClock(), Report("serve")
-    began = clock.now()
-    async with running(plan) as mesh:
-        report.add(case="start", system=SYSTEM, metric="ready_s", unit="s", samples=[clock.now() - began])
-        _memory(mesh, report)
-        prompts = chat_prompts(data)
-        rates = QUICK_RATES_PER_S if quick else RATES_PER_S
-        count = QUICK_REQUESTS if quick else REQUESTS
-        by_rate: dict[str, list[Sample]] = {}
-        async with http_client(publish(mesh)) as client:
-            model = next(iter(plan.models))
-            for rate in rates:
-                bodies = [_body(model, prompts[i % len(prompts)]) for i in range(count)]
-                samples = await _measure(client, bodies, rate, console)
-                _check(samples)
-                by_rate[f"{rate:g}rps"] = samples
-                _rows(report, f"{rate:g}rps", samples, goal or Goal())
-    latency_plot(plots / "serve.png", by_rate)
+    model, given = next(iter(plan.models.items()))
+    source = await anyio.to_thread.run_sync(resolve, given)
+    bench = ServeBench(
+        model=model,
+        prompts=chat_prompts(data),
+        workload=workload(quick=quick, peers=peers),
+        console=console,
+        clock=clock,
+    )
+    limits = await anyio.to_thread.run_sync(measure, clock)
+    others = await _peers(bench, plan, source, report, quick=quick) if peers else []
+    await bench.run(Covey(plan=plan, clock=clock), others)
+    bench.write(report)
+    add_limit(report, limits, await anyio.to_thread.run_sync(source.config))
+    bench.plot(plots / "serve.png")
     return report
 
 
-async def _measure(
-    client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], rate: float, console: Console
-) -> list[Sample]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{rate:g} requests/s", total=len(bodies))
-        times = arrivals(rate, len(bodies), seed=1)
-        return await open_loop(client, bodies, times, MonotonicClock(), lambda _sample: progress.advance(task))
+def add_limit(report: Report, limits: Limits, config: ModelConfig) -> None:
+    """Add what the machine can do, and Covey's share of it where one request decodes alone.
+
+    An open loop gives no such ratio: below saturation its throughput is what was asked for, and at a batch above 1
+    the weights are read once for several tokens.
+    """
+    reads, operations = [limits.read_bytes_per_s / 1e9], [limits.operations_per_s / 1e9]
+    report.add(case="machine", system="limit", metric="read_gb_per_s", unit="GB/s", samples=reads)
+    report.add(case="machine", system="limit", metric="product_gflop_per_s", unit="GFLOP/s", samples=operations)
+    best = limits.decode_tokens_per_s(config)
+    metric = "decode_tokens_per_s"
+    report.add(case=ALONE, system="limit", metric=metric, unit="tokens/s", samples=[best])
+    ours = report.value(case=ALONE, system=OURS, metric=metric)
+    if ours is not None:
+        report.ratios[f"{metric}/{ALONE}/limit"] = ours / best
 
 
-def _body(model: str, prompt: str) -> dict[str, Any]:
-    return {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": OUTPUT_TOKENS,
-        "temperature": 0,
-        "cache": "bypass",
-    }
+async def _peers(
+    bench: ServeBench, plan: MeshPlan, source: ModelSource, report: Report, *, quick: bool
+) -> list[System]:
+    """The peers that work here, each in its best setting; of the others, the reason on the console."""
+    state = read_state("vllm")
+    if not state.ok:
+        bench.leave_out("vllm", state.reason)
+        return []
+    folder = await anyio.to_thread.run_sync(export, source, plan.files.cache_dir)
+    log, model = plan.files.run_dir / "vllm.log", next(iter(plan.models))
+    vllm = Vllm(python=python_of("vllm"), folder=folder, model=model, log=log, clock=MonotonicClock())
+    if not quick:
+        try:
+            vllm = await bench.fastest([vllm, replace(vllm, mode="compiled")])
+        except CoveyError as error:
+            bench.leave_out("vllm", str(error))
+            return []
+    compiled = [float(vllm.mode == "compiled")]
+    report.add(case="setting", system="vllm", metric="compiled", unit="1 = yes", samples=compiled)
+    return [vllm]
 
 
-def _check(samples: Sequence[Sample]) -> None:
+class ServeBench:
+    """Measures systems in turn, never two at a time; all get the same prompts at the same times.
+
+    `model` is what requests name. `results` holds the samples by system.
+    """
+
+    def __init__(
+        self, *, model: str, prompts: Sequence[str], workload: Workload, console: Console, clock: Clock
+    ) -> None:
+        self.results: dict[str, Measured] = {}
+        self._model, self._prompts, self._workload = model, prompts, workload
+        self._console, self._clock = console, clock
+
+    async def run(self, ours: System, peers: Sequence[System]) -> None:
+        """Measure every system in every round; a peer that fails is left out from there on, and the reason printed.
+
+        Raises:
+            CoveyError: the mesh does not start, or an answer came from the cache though it was bypassed.
+        """
+        left = list(peers)
+        for round_index in range(self._workload.rounds):
+            await self._measure(ours, round_index)
+            for peer in tuple(left):
+                try:
+                    await self._measure(peer, round_index)
+                except CoveyError as error:
+                    self.leave_out(peer.name, str(error))
+                    self.results.pop(peer.name, None)
+                    left.remove(peer)
+
+    def leave_out(self, peer: str, reason: str) -> None:
+        """Say why a peer is not in the report."""
+        self._console.print(f"{peer} is left out: {reason}", markup=False)
+
+    def write(self, report: Report, goal: Goal | None = None) -> None:
+        """Add every system's rows, and how each peer compares."""
+        for name, measured in self.results.items():
+            add_rows(report, name, measured, goal or Goal())
+        for name in self.results:
+            if name != OURS:
+                add_ratios(report, name, self.results[OURS], self.results[name])
+
+    def plot(self, path: Path) -> None:
+        """Draw the latencies of every system at every rate."""
+        by_case = {
+            f"{name} {case}": [sample for samples in rounds for sample in samples]
+            for name, measured in self.results.items()
+            for case, rounds in measured.cases.items()
+            if case != ALONE
+        }
+        latency_plot(path, by_case)
+
+    async def _measure(self, system: System, round_index: int) -> None:
+        self._console.print(f"starting {system.name}", style="dim")
+        async with system.serving() as serving:
+            measured = self.results.setdefault(system.name, Measured())
+            measured.add_start(serving.ready_s, serving.memory_bytes())
+            await one_by_one(serving.client, [self._body(system, WARM_UP)], self._clock, lambda _: None)
+            alone = self._bodies(system, 0, self._workload.alone)
+            measured.add(ALONE, await self._loop(serving, system, "one at a time", alone))
+            for i, rate in enumerate(self._workload.rates_per_s):
+                # Each loop starts with prompts that the one before it has not asked, as long as there are more.
+                bodies = self._bodies(
+                    system, self._workload.alone + i * self._workload.requests, self._workload.requests
+                )
+                times = arrivals(rate, len(bodies), seed=1 + round_index)
+                samples = await self._loop(serving, system, f"{rate:g} requests/s", bodies, times)
+                measured.add(f"{rate:g}rps", samples)
+
+    async def fastest(self, settings: Sequence[AnySystem]) -> AnySystem:
+        """Whichever setting of one peer gives the most tokens a second to requests that come all at once.
+
+        Raises:
+            CoveyError: none of them works.
+        """
+        rates: dict[int, float] = {}
+        failure = CoveyError("there is no setting to choose from")
+        for i, system in enumerate(settings):
+            try:
+                rates[i] = await self._burst_tokens_per_s(system)
+            except CoveyError as error:
+                self._console.print(f"a setting of {system.name} does not work: {error}", markup=False)
+                failure = error
+        if not rates:
+            raise failure
+        return settings[max(rates, key=rates.__getitem__)]
+
+    async def _burst_tokens_per_s(self, system: System) -> float:
+        async with system.serving() as serving:
+            await one_by_one(serving.client, [self._body(system, WARM_UP)], self._clock, lambda _: None)
+            bodies = self._bodies(system, 0, BURST)
+            return output_tokens_per_s(await self._loop(serving, system, "a burst", bodies, [0.0] * BURST))
+
+    async def _loop(
+        self,
+        serving: Serving,
+        system: System,
+        what: str,
+        bodies: Sequence[dict[str, Any]],
+        times: Sequence[float] | None = None,
+    ) -> list[Sample]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(f"{system.name}: {what}", total=len(bodies))
+
+            def tick(_: Sample) -> None:
+                progress.advance(task)
+
+            if times is None:
+                samples = await one_by_one(serving.client, bodies, self._clock, tick)
+            else:
+                samples = await open_loop(serving.client, bodies, times, self._clock, tick)
+        check_answers(system, samples)
+        return samples
+
+    def _bodies(self, system: System, first: int, count: int) -> list[dict[str, Any]]:
+        return [self._body(system, self._prompts[i % len(self._prompts)]) for i in range(first, first + count)]
+
+    def _body(self, system: System, prompt: str) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": OUTPUT_TOKENS,
+            "temperature": 0,
+            **system.extra,
+        }
+
+
+def check_answers(system: System, samples: Sequence[Sample]) -> None:
+    """Every answer was computed.
+
+    Raises:
+        CoveyError: one came from a cache that the request said to bypass, or none came at all.
+    """
+    wanted = system.extra.get("cache")
     for sample in samples:
-        if not sample.error and sample.meta.get("cache") != "bypass":
+        if not sample.error and sample.meta.get("cache") != wanted:
             raise CoveyError(f"an answer was not computed: cache outcome {sample.meta.get('cache')!r}")
-
-
-def _rows(report: Report, case: str, samples: Sequence[Sample], goal: Goal) -> None:
-    good = [s for s in samples if not s.error]
-    series = {
-        "ttft_s": [s.ttft_s for s in good],
-        "tpot_s": [s.tpot_s for s in good if s.output_tokens > 1],
-        "itl_s": [gap for s in good for gap in s.gaps_s],
-        "e2e_s": [s.e2e_s for s in good],
-    }
-    for metric, values in series.items():
-        for at in STATISTICS:
-            report.add(case=case, system=SYSTEM, metric=metric, unit="s", samples=values, at=at)
-    met = [float(not s.error and s.ttft_s <= goal.ttft_s and s.tpot_s <= goal.tpot_s) for s in samples]
-    report.add(case=case, system=SYSTEM, metric="goodput", unit="share", samples=met)
-    span = max(s.ended for s in samples) - min(s.started for s in samples)
-    tokens = sum(s.output_tokens for s in good) / span
-    report.add(case=case, system=SYSTEM, metric="output_tokens_per_s", unit="tokens/s", samples=[tokens])
-    report.add(case=case, system=SYSTEM, metric="failed", unit="requests", samples=[len(samples) - len(good)])
-
-
-def _memory(mesh: Mesh, report: Report) -> None:
-    sizes = {name: pss_bytes(child.pid) / 2**20 for name, child in mesh.children.items()}
-    sizes["nats"] = pss_bytes(mesh.nats.pid) / 2**20
-    for name, size in sizes.items():
-        report.add(case="idle", system=SYSTEM, metric=f"pss_{name}", unit="MiB", samples=[size])
-    report.add(case="idle", system=SYSTEM, metric="pss_total", unit="MiB", samples=[sum(sizes.values())])
+    if all(sample.error for sample in samples):
+        raise CoveyError(f"{system.name} answered no request: {samples[0].error}")

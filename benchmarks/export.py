@@ -1,0 +1,129 @@
+"""Writes a model as a Hugging Face folder (fp32 safetensors, config, tokenizer): peers serve the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from covey.model import gguf_tokenizer
+from covey.model.config import ModelConfig
+from covey.model.source import ModelSource
+from covey.model.weights import LayerWeights, Weights, map_weights, prepare
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def export(source: ModelSource, cache_dir: Path) -> Path:
+    """The folder of a model: its own if it came as one, otherwise one written once beside the cached weights.
+
+    Raises:
+        CoveyError: the weights cannot be read, or there is no space.
+    """
+    if source.kind == "folder":
+        return source.path
+    folder = cache_dir / f"{source.name}-{source.revision[:16]}-hf"
+    if folder.is_dir():
+        return folder
+    config = source.config()
+    weights = map_weights(prepare(source, config, cache_dir).path, config)
+    draft = folder.with_suffix(".partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file(tensors(weights, config), draft / "model.safetensors", metadata={"format": "pt"})
+    (draft / "config.json").write_text(json.dumps(config_json(config), indent=2))
+    _write_tokenizer(source.gguf().meta, draft)
+    draft.rename(folder)
+    return folder
+
+
+def tensors(weights: Weights, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The checkpoint under Hugging Face's names and in its rotary order; a tied head is left out."""
+    named = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.final_norm}
+    if not config.tied:
+        named["lm_head.weight"] = weights.lm_head
+    for i, layer in enumerate(weights.layers):
+        named.update({f"model.layers.{i}.{name}": tensor for name, tensor in _layer(layer, config).items()})
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def _layer(layer: LayerWeights, config: ModelConfig) -> dict[str, torch.Tensor]:
+    gate, up = layer.gate_up.chunk(2)
+    named = {
+        "input_layernorm.weight": layer.attn_norm,
+        "self_attn.o_proj.weight": layer.o,
+        "post_attention_layernorm.weight": layer.mlp_norm,
+        "mlp.gate_proj.weight": gate,
+        "mlp.up_proj.weight": up,
+        "mlp.down_proj.weight": layer.down,
+    }
+    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    for suffix, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
+        if fused is not None:
+            q, k, v = fused[:q_rows], fused[q_rows : q_rows + kv_rows], fused[q_rows + kv_rows :]
+            named[f"self_attn.q_proj.{suffix}"] = _halves(q, config.n_heads)
+            named[f"self_attn.k_proj.{suffix}"] = _halves(k, config.n_kv_heads)
+            named[f"self_attn.v_proj.{suffix}"] = v
+    for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
+        if norm is not None:
+            named[f"self_attn.{name}.weight"] = _halves(norm, 1)
+    return named
+
+
+def _halves(paired: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder each head's rows from adjacent rotary pairs (2i, 2i + 1), as the runner keeps them, to (i, i + d/2)."""
+    pairs = paired.reshape(heads, -1, 2, *paired.shape[1:])
+    return pairs.transpose(1, 2).reshape(paired.shape)
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """What `covey.model.config.from_hf` reads back as the same shape."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        scaling = asdict(config.rope_scaling)
+        rope |= {"rope_type": scaling.pop("kind"), "original_max_position_embeddings": scaling.pop("original_context")}
+        rope |= scaling
+    eos = list(config.eos_ids)
+    return {
+        "architectures": [_ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden,
+        "intermediate_size": config.intermediate,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_limit,
+        "rms_norm_eps": config.rms_eps,
+        # Both spellings: transformers 5 reads the first, what is older the second.
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.qkv_bias,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "torch_dtype": "float32",
+    }
+
+
+def _write_tokenizer(meta: dict[str, Any], folder: Path) -> None:
+    gguf_tokenizer.build(meta).save(str(folder / "tokenizer.json"))
+    names = meta["tokenizer.ggml.tokens"]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
+        if f"tokenizer.ggml.{key}_token_id" in meta:
+            settings[name] = names[meta[f"tokenizer.ggml.{key}_token_id"]]
+    if meta.get("tokenizer.chat_template"):
+        settings["chat_template"] = meta["tokenizer.chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
