@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,40 +36,14 @@ from covey.types.kv import (
     RenewRequest,
     ReserveReply,
     ReserveRequest,
-    StoreStats,
     WatchKvRequest,
     WriteChunk,
 )
 from covey.types.store import StoreKey
-from tests.contract.kv_stores import BOOT_ID, CAPACITY_BYTES, StoreProcess, client_of, flip_byte, store_process
+from tests.contract.kv_stores import BOOT_ID, CAPACITY_BYTES, StoreProcess, flip_byte
 from tests.contract.test_block_store import LARGE, SHAPE, buffers, chain, content, find, key, names, put
 
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
-    with store_process(tmp_path_factory.mktemp("kvstore"), "capacity_bytes=134217728") as process:
-        yield process
-
-
-@pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[StoreProcess]:
-    with store_process(tmp_path) as process:
-        yield process
-
-
-@pytest.fixture(params=["auto", "grpc"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@asynccontextmanager
-async def connected(process: StoreProcess, transport: str = "auto") -> AsyncIterator[tuple[KvClient, Channel]]:
-    async with Channels.open() as channels:
-        yield client_of(process, channels, transport), channels.to(process.address)
-
-
-async def stats(channel: Channel) -> StoreStats:
-    return await channel.call(KvStore.STATS, Empty(), timeout_s=5)
+from .connection import connected, stats
 
 
 async def reserve(channel: Channel, where: StoreKey, blocks: list[BlockKey], *, ttl_s: float = 20.0) -> ReserveReply:
@@ -130,61 +103,6 @@ async def test_a_store_killed_between_lookup_and_load_raises_nothing(fresh: Stor
         good = await client.load(held, buffers(3))
         assert good == (3 if transport == "auto" else 0), "mapped bytes outlive their store, under the lease"
         await held.release()
-
-
-@pytest.mark.parametrize("where_flipped", ["magic", "generation", "checksum", "payload", "last layer"])
-async def test_any_damage_is_a_quarantined_miss(process: StoreProcess, transport: str, where_flipped: str) -> None:
-    async with connected(process, transport) as (client, channel):
-        where, blocks = key(), chain(3)
-        await put(client, where, blocks, content(3))
-        held = await find(client, where, blocks)
-        assert isinstance(held, StoreHeld)
-        at = {
-            "magic": 0,
-            "generation": 16,
-            "checksum": 104 + 8,
-            "payload": payload_offset(SHAPE),
-            "last layer": payload_offset(SHAPE) + SHAPE.size_bytes - 1,
-        }
-        before = (await stats(channel)).quarantined
-        flip_byte(process.arena, held.locations[1].offset + at[where_flipped])
-        assert await client.load(held, buffers(3)) == 1
-        assert (await stats(channel)).quarantined == before + 1
-        assert list((await find(client, where, blocks)).hashes) == names(blocks[:1])
-
-
-async def test_a_zeroed_header_is_a_quarantined_miss(process: StoreProcess, transport: str) -> None:
-    async with connected(process, transport) as (client, channel):
-        where, blocks = key(), chain(1)
-        await put(client, where, blocks, content(1))
-        held = await find(client, where, blocks)
-        assert isinstance(held, StoreHeld)
-        before = (await stats(channel)).quarantined
-        with process.arena.open("r+b") as file:
-            file.seek(held.locations[0].offset + 50)
-            file.write(bytes(200))
-        assert await client.load(held, buffers(1)) == 0
-        assert (await stats(channel)).quarantined == before + 1
-
-
-async def test_swapped_slots_are_noticed(process: StoreProcess, transport: str) -> None:
-    async with connected(process, transport) as (client, _):
-        where, blocks = key(), chain(2)
-        await put(client, where, blocks, content(2))
-        held = await find(client, where, blocks)
-        assert isinstance(held, StoreHeld)
-        one, two = (location.offset for location in held.locations)
-        size = payload_offset(SHAPE) + SHAPE.size_bytes
-        with process.arena.open("r+b") as file:
-            file.seek(one)
-            first = file.read(size)
-            file.seek(two)
-            second = file.read(size)
-            file.seek(one)
-            file.write(second)
-            file.seek(two)
-            file.write(first)
-        assert await client.load(held, buffers(2)) == 0
 
 
 async def test_an_older_epoch_is_fenced(fresh: StoreProcess) -> None:
