@@ -26,6 +26,7 @@ from structlog.typing import FilteringBoundLogger
 
 METRICS_CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 FLUSH_TIMEOUT_MS = 2000
+EXPORT_EVERY_MS = 1000
 TEXT_CHARS_MAX = 500
 """Longer strings in a log record are cut: a bound, and a second net under content that slipped through."""
 
@@ -201,14 +202,14 @@ class Tracing:
     def __init__(self, service: str, *, endpoint: str | None = None, exporter: SpanExporter | None = None) -> None:
         """Export to an OTLP collector's gRPC `endpoint` (`http://host:4317`, https for TLS), or to `exporter`."""
         self._provider: TracerProvider | None = None
-        self._tracer: trace.Tracer = trace.NoOpTracer()
+        self.tracer: trace.Tracer = trace.NoOpTracer()
         if endpoint is not None:
             exporter = _otlp_exporter(endpoint)
         if exporter is not None:
             resource = Resource.create({"service.name": f"covey-{service}"})
             self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-            self._provider.add_span_processor(BatchSpanProcessor(exporter))
-            self._tracer = self._provider.get_tracer("covey")
+            self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_EVERY_MS))
+            self.tracer = self._provider.get_tracer("covey")
 
     @contextmanager
     def span(self, name: str, **attributes: str | int | float | bool) -> Iterator[trace.Span]:
@@ -216,7 +217,7 @@ class Tracing:
 
         An exception marks the span with its type only: messages of foreign exceptions may quote content.
         """
-        with self._tracer.start_as_current_span(
+        with self.tracer.start_as_current_span(
             name, attributes=attributes, record_exception=False, set_status_on_exception=False
         ) as span:
             try:

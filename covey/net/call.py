@@ -96,14 +96,20 @@ def extracted(headers: Mapping[str, str]) -> Iterator[None]:
         trace_context.detach(token)
 
 
+def with_trace(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Return headers with the current trace context added, if there is one: what a bus message carries onward."""
+    traced = dict(headers or {})
+    _propagator.inject(traced)
+    return traced
+
+
 def outgoing_headers(extra: Mapping[str, str] | None) -> dict[str, str]:
     """Return the headers of an onward call: `extra`, the trace context and the id of the request being served.
 
     Raises:
         InvalidArgument: a header that gRPC cannot carry, or too many of them.
     """
-    headers = {name.lower(): value for name, value in (extra or {}).items()}
-    _propagator.inject(headers)
+    headers = with_trace({name.lower(): value for name, value in (extra or {}).items()})
     if current_request_id():
         headers.setdefault(REQUEST_ID, current_request_id())
     for name, value in headers.items():

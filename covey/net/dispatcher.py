@@ -9,10 +9,12 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 import anyio
+from opentelemetry.trace import NoOpTracer, Tracer
 
 from covey.codec.methods import BidiStream, ClientStream, Method, ServerStream, Unary
 from covey.errors import CoveyError, Internal, InvalidArgument, PayloadTooLarge, Unauthenticated, Unimplemented
 from covey.net.call import AUTHORIZATION, Call, Gatekeeper, Handler, Handlers, Token, enter_request, extracted, sole
+from covey.net.spans import served
 from covey.net.transport import ServerCall
 
 log = logging.getLogger(__name__)
@@ -21,10 +23,18 @@ log = logging.getLogger(__name__)
 class Dispatcher:
     """Maps paths to handlers. Nothing but `CoveyError` and cancellation leaves `run`."""
 
-    def __init__(self, handlers: Handlers, *, token: Token | Gatekeeper | None, message_bytes_max: int) -> None:
+    def __init__(
+        self,
+        handlers: Handlers,
+        *,
+        token: Token | Gatekeeper | None,
+        message_bytes_max: int,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._handlers: dict[str, tuple[Method[Any, Any], Handler]] = {m.path: (m, h) for m, h in handlers.items()}
         self._token = token
         self._message_bytes_max = message_bytes_max
+        self._tracer = tracer or NoOpTracer()
         self._active = 0
         self._idle = anyio.Event()
         self._idle.set()
@@ -75,7 +85,11 @@ class Dispatcher:
             raise Unimplemented(f"{path.removeprefix('/')} is not served here")
         method, handler = found
         call = Call(headers=headers, request_id=enter_request(headers), peer=wire.peer, time_left=wire.remaining_s)
-        with extracted(headers):
+        name = path.removeprefix("/")
+        with (
+            extracted(headers),
+            served(self._tracer, name, **{"rpc.system": "grpc", "covey.request_id": call.request_id}),
+        ):
             await self._invoke(method, handler, wire, call)
 
     async def _invoke(self, method: Method[Any, Any], handler: Handler, wire: ServerCall, call: Call) -> None:

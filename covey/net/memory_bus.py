@@ -13,6 +13,7 @@ import anyio
 
 from covey.errors import Fenced, InvalidArgument, NoSpace, Unavailable
 from covey.net.bus import BusMessage, Change, KvChange, Record, check_payload, check_subject, subject_matches
+from covey.net.call import with_trace
 from covey.net.memory_wire import Faults
 
 DEDUPE_IDS_MAX: Final = 65536
@@ -112,7 +113,7 @@ class MemoryBus:
             self.disconnect()
             raise
         if arrives:
-            self._broker.route(BusMessage(subject=subject, payload=payload, headers=dict(headers or {})))
+            self._broker.route(BusMessage(subject=subject, payload=payload, headers=with_trace(headers)))
 
     @asynccontextmanager
     async def subscribe(self, subject: str, *, capacity: int = 1024) -> AsyncIterator[MemorySubscription]:

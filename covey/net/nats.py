@@ -15,6 +15,7 @@ from nats.aio.msg import Msg
 
 from covey.errors import CoveyError, Unauthenticated, Unavailable
 from covey.net.bus import BusMessage, check_payload, check_subject
+from covey.net.call import with_trace
 from covey.net.nats_errors import translated
 from covey.net.nats_jetstream import NatsBucket, NatsStream
 from covey.net.tasks import background_tasks
@@ -88,7 +89,7 @@ class NatsBus:
         check_payload(payload)
         check_subject(subject)
         with self.translated():
-            await self._client.publish(subject, payload, headers=dict(headers) if headers else None)
+            await self._client.publish(subject, payload, headers=with_trace(headers) or None)
 
     @asynccontextmanager
     async def subscribe(self, subject: str, *, capacity: int = 1024) -> AsyncIterator[NatsSubscription]:

@@ -22,6 +22,7 @@ from nats.js.api import (
 
 from covey.errors import InvalidArgument, Unavailable
 from covey.net.bus import BusMessage, Change, KvChange, Record, check_payload, check_subject
+from covey.net.call import with_trace
 
 if TYPE_CHECKING:
     from covey.net.nats import NatsBus
@@ -144,7 +145,7 @@ class NatsStream:
         if msg_id is not None:
             headers["Nats-Msg-Id"] = msg_id
         with self._bus.translated() as js:
-            ack = await js.publish(subject, payload, stream=self._name, headers=headers or None)
+            ack = await js.publish(subject, payload, stream=self._name, headers=with_trace(headers) or None)
         return int(ack.seq)
 
     async def read(self, subject_filter: str, from_seq: int = 1) -> AsyncIterator[Record]:

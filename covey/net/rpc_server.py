@@ -12,6 +12,7 @@ import grpc
 from grpc import aio
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha._async import ReflectionServicer
+from opentelemetry.trace import Tracer
 
 from covey.codec.methods import Unary
 from covey.errors import CoveyError, Unavailable
@@ -57,14 +58,20 @@ class GrpcServer:
 
 @asynccontextmanager
 async def serve_grpc(
-    address: str, handlers: Handlers, *, token: Token | Gatekeeper | None, grace_s: float, message_bytes_max: int
+    address: str,
+    handlers: Handlers,
+    *,
+    token: Token | Gatekeeper | None,
+    grace_s: float,
+    message_bytes_max: int,
+    tracer: Tracer | None = None,
 ) -> AsyncIterator[GrpcServer]:
     """Serve for a block; on leaving it: NOT_SERVING, no new calls, `grace_s` for those in flight, then cancel them.
 
     Raises:
         Unavailable: the address cannot be bound.
     """
-    dispatcher = Dispatcher(handlers, token=token, message_bytes_max=message_bytes_max)
+    dispatcher = Dispatcher(handlers, token=token, message_bytes_max=message_bytes_max, tracer=tracer)
     health = Health(services_of(handlers))
     server = aio.server(options=(*SERVER_OPTIONS, *limit_options(message_bytes_max)), maximum_concurrent_rpcs=CALLS_MAX)
     server.add_generic_rpc_handlers((_Paths(dispatcher, health, services_of(handlers)),))

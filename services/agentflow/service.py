@@ -122,7 +122,8 @@ async def _serve_where_before(
         listens.insert(0, f"{config.listen.removesuffix(':0')}:{port}")
     for listen in listens:
         try:
-            server = await stack.enter_async_context(serve_rpc(listen, handlers, token=gate, grace_s=config.drain_s))
+            served = serve_rpc(listen, handlers, token=gate, grace_s=config.drain_s, tracer=rt.tracing.tracer)
+            server = await stack.enter_async_context(served)
         except Unavailable:
             if listen is listens[-1]:
                 raise

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import httpx
+from opentelemetry.trace import NoOpTracer, Tracer
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 from structlog.typing import FilteringBoundLogger
@@ -55,6 +56,7 @@ class Surroundings:
     models: Sequence[Model]
     remote_keys: Mapping[str, str]
     log: FilteringBoundLogger
+    tracer: Tracer = field(default_factory=NoOpTracer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,7 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
         operations = Operations(catalog=catalog, channels=channels, registry=around.registry, created=int(clock.wall()))
         generations = Generations(completions, clock, config.dispatch)
         yield Gateway(
-            app=build_app(generations, operations, around.keys, config.body_bytes_max),
+            app=build_app(generations, operations, around.keys, config.body_bytes_max, around.tracer),
             handlers={**inference.handlers(), **ProgramsServicer(programs).handlers()},
             operations=operations,
             completions=completions,

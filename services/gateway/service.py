@@ -60,11 +60,18 @@ async def serve(config: Config, rt: Runtime) -> None:
             models=models,
             remote_keys=remote_keys,
             log=rt.log,
+            tracer=rt.tracing.tracer,
         )
         gateway = await stack.enter_async_context(assembled(config, around))
         credentials = EdgeCredentials(keys, rt.mesh_token)
         grpc = await stack.enter_async_context(
-            serve_rpc(config.grpc_listen, gateway.handlers, token=credentials, grace_s=config.drain_s)
+            serve_rpc(
+                config.grpc_listen,
+                gateway.handlers,
+                token=credentials,
+                grace_s=config.drain_s,
+                tracer=rt.tracing.tracer,
+            )
         )
         http = await stack.enter_async_context(serve_http(gateway.app, config.http_listen, drain_s=config.drain_s))
         await stack.enter_async_context(

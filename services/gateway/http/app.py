@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from opentelemetry.trace import Tracer
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from covey.auth import ApiKeys, Principal
 from covey.errors import NotFound
 
-from .exchange import Exchange, Guarded, authenticated
+from .exchange import Exchange, Guarded, authenticated, traced
 from .generations import Generations
 from .operations import Operations
 
@@ -18,8 +19,10 @@ Open = Callable[[Exchange], Awaitable[None]]
 Keyed = Callable[[Exchange, Principal], Awaitable[None]]
 
 
-def build_app(generations: Generations, operations: Operations, keys: ApiKeys, body_bytes_max: int) -> ASGIApp:
-    """The ASGI application. Health, version, metrics and the description need no key; all else does."""
+def build_app(
+    generations: Generations, operations: Operations, keys: ApiKeys, body_bytes_max: int, tracer: Tracer
+) -> ASGIApp:
+    """The ASGI application. Health, version, metrics and the description need no key and leave no span; the rest do."""
     keyed: dict[tuple[str, str], Keyed] = {
         ("POST", "/v1/chat/completions"): generations.chat,
         ("POST", "/v1/completions"): generations.complete,
@@ -36,7 +39,10 @@ def build_app(generations: Generations, operations: Operations, keys: ApiKeys, b
         ("GET", "/metrics"): operations.metrics,
         ("GET", "/openapi.json"): operations.openapi,
     }
-    handlers = unkeyed | {place: authenticated(keys, handler) for place, handler in keyed.items()}
+    handlers = unkeyed | {
+        (method, path): traced(tracer, f"{method} {path}", authenticated(keys, handler))
+        for (method, path), handler in keyed.items()
+    }
     routes = [
         Route(path, _Only(method, Guarded(handler, body_bytes_max), body_bytes_max))
         for (method, path), handler in handlers.items()

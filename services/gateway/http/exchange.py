@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 import anyio
 import msgspec
+from opentelemetry.trace import Tracer
 from starlette.types import Receive, Scope, Send
 
 from covey.auth import ApiKeys, Principal
 from covey.errors import Cancelled, CoveyError, Internal, PayloadTooLarge
 from covey.net.call import extracted
+from covey.net.spans import served
 from covey.net.tasks import background_tasks
 
 from .body import parse, read_body
@@ -141,6 +143,18 @@ def authenticated(
         await handler(x, keys.authenticate(x.headers.get("authorization")))
 
     return check
+
+
+def traced(
+    tracer: Tracer, name: str, handler: Callable[[Exchange], Awaitable[None]]
+) -> Callable[[Exchange], Awaitable[None]]:
+    """A handler whose every request is a span."""
+
+    async def trace(x: Exchange) -> None:
+        with served(tracer, name, **{"covey.request_id": x.request_id}):
+            await handler(x)
+
+    return trace
 
 
 def _request_id(given: str) -> str:
