@@ -93,7 +93,7 @@ async def test_a_refused_request_is_a_span_with_its_code(mesh: Mesh, seen: Colle
 
 async def test_the_trace_crosses_nats_too(mesh: Mesh) -> None:
     common = tomllib.loads(mesh.plan.files.config.read_text())["common"]
-    token = Path(common["nats_token_file"]).read_text()
+    token = Path(common["nats_token_file"]).read_text().strip()
     async with NatsBus.open(common["nats"], token=token) as bus, bus.subscribe("covey.test.trace") as messages:
         with extracted({"traceparent": TRACEPARENT}):
             await bus.publish("covey.test.trace", b"{}")
