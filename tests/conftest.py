@@ -24,7 +24,8 @@ aio.init_grpc_aio()  # or the last call's disposal joins a thread, wherever the 
 
 # Shared machines make wall-clock deadlines per example flaky; the suite has its own timeout.
 hypothesis.settings.register_profile("covey", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("covey")
+hypothesis.settings.register_profile("soak", deadline=None, print_blob=True, max_examples=2000)
+hypothesis.settings.load_profile("soak" if os.environ.get("COVEY_SOAK") else "covey")
 
 
 @pytest.fixture

@@ -87,11 +87,12 @@ def _check_path(answers: Sequence[dict[str, Any]], *, split: bool | None, warm: 
             assert answer["covey"]["cached_tokens"] + answer["covey"]["loaded_tokens"] > 0
 
 
-@pytest.mark.parametrize(
-    ("split", "workers"),
-    [("always", 1), ("auto", 2)],
-    ids=["split always, 1+1+1", "split auto, 2+2+2"],
-)
+CASES = [("always", 1), ("auto", 2)]
+if os.environ.get("COVEY_SOAK"):
+    CASES += [("always", 2), ("auto", 1), ("never", 1)]
+
+
+@pytest.mark.parametrize(("split", "workers"), CASES)
 async def test_the_mesh_speaks_the_tokens_of_the_reference(
     split: str, workers: int, tmp_path: Path, cache_dir: Path, teacher: Teacher, record_property: Any
 ) -> None:
