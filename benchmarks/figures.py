@@ -32,6 +32,8 @@ class Measured:
     cases: dict[str, list[list[Sample]]] = field(default_factory=dict)
     ready_s: list[float] = field(default_factory=list)
     memory_bytes: dict[str, list[int]] = field(default_factory=dict)
+    others_cores: list[float] = field(default_factory=list)
+    """In each round, how many cores were busy with something else meanwhile."""
 
     def add(self, case: str, samples: list[Sample]) -> None:
         """Add a round of a case."""
@@ -50,6 +52,7 @@ def add_rows(report: Report, system: str, measured: Measured, goal: Goal) -> Non
     for name, sizes in measured.memory_bytes.items():
         mib = [size / MIB for size in sizes]
         report.add(case="idle", system=system, metric=f"pss_{name}", unit="MiB", samples=mib)
+    report.add(case="machine", system=system, metric="others_cores", unit="cores", samples=measured.others_cores)
     for case, rounds in measured.cases.items():
         samples = [sample for round_samples in rounds for sample in round_samples]
         _add_latencies(report, case, system, samples)

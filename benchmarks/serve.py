@@ -15,6 +15,7 @@ from benchmarks.export import export
 from benchmarks.figures import ALONE, Goal, Measured, add_ratios, add_rows, output_tokens_per_s
 from benchmarks.limit import Limits, measure
 from benchmarks.load import Sample, arrivals, one_by_one, open_loop
+from benchmarks.neighbours import cpu_time, is_disturbed, others_cores
 from benchmarks.peers import python_of, read_state
 from benchmarks.plots import latency_plot
 from benchmarks.prompts import chat_prompts
@@ -158,6 +159,7 @@ class ServeBench:
             measured = self.results.setdefault(system.name, Measured())
             measured.add_start(serving.ready_s, serving.memory_bytes())
             await one_by_one(serving.client, [self._body(system, WARM_UP)], self._clock, lambda _: None)
+            before = cpu_time(serving.pids.values(), self._clock)
             alone = self._bodies(system, 0, self._workload.alone)
             measured.add(ALONE, await self._loop(serving, system, "one at a time", alone))
             for i, rate in enumerate(self._workload.rates_per_s):
@@ -168,6 +170,12 @@ class ServeBench:
                 times = arrivals(rate, len(bodies), seed=1 + round_index)
                 samples = await self._loop(serving, system, f"{rate:g} requests/s", bodies, times)
                 measured.add(f"{rate:g}rps", samples)
+            others = others_cores(before, cpu_time(serving.pids.values(), self._clock))
+        measured.others_cores.append(others)
+        if is_disturbed(others):
+            self._console.print(
+                f"disturbed: others used {others:.2f} cores while {system.name} was measured", style="yellow"
+            )
 
     async def fastest(self, settings: Sequence[AnySystem]) -> AnySystem:
         """Whichever setting of one peer gives the most tokens a second to requests that come all at once.

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.load import arrivals, one_by_one, open_loop
+from benchmarks.load import Sample, arrivals, one_by_one, open_loop
 from covey.testing import VirtualClock, virtual_time
 
 from .slow_server import SlowServer
@@ -27,7 +27,8 @@ def test_arrivals_are_poisson_at_the_rate_and_the_same_for_everybody() -> None:
 
 @virtual_time
 async def test_an_open_loop_does_not_wait_for_answers() -> None:
-    server, ticks = SlowServer(first_s=5.0), []
+    server = SlowServer(first_s=5.0)
+    ticks: list[Sample] = []
     async with server.client() as client:
         samples = await open_loop(client, [BODY] * 3, [0.0, 1.0, 1.5], VirtualClock(), ticks.append)
     assert [at - server.sent[0] for at in server.sent] == pytest.approx([0.0, 1.0, 1.5])

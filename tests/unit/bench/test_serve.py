@@ -49,6 +49,7 @@ async def test_both_get_the_same_requests_and_the_ratio_follows() -> None:
         assert report.ratios[name] == pytest.approx(2.0), name
     assert report.ratios["output_tokens_per_s/1rps/vllm"] >= 1.0
     counted = {(r.system, r.metric): r.n for r in report.rows if r.case == "1rps"}
+    assert {r.system for r in report.rows if r.metric == "others_cores"} == {"covey", "vllm"}
     assert counted["covey", "ttft_s"] == counted["vllm", "ttft_s"] == 18
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ async def test_it_is_ready_measured_and_ended_with_its_workers(tmp_path: Path) -
         sizes = serving.memory_bytes()
         assert sizes["total"] == sizes["server"] + sizes["worker_0"] > 2**20
     for pid in serving.pids.values():
-        await assert_eventually(lambda pid=pid: is_gone(pid))
+        await assert_eventually(partial(is_gone, pid))
 
 
 async def test_it_is_ended_when_the_measurement_fails(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ async def test_it_is_ended_when_the_measurement_fails(tmp_path: Path) -> None:
             pids.extend(serving.pids.values())
             raise RuntimeError("mid-way")
     for pid in pids:
-        await assert_eventually(lambda pid=pid: is_gone(pid))
+        await assert_eventually(partial(is_gone, pid))
 
 
 async def test_a_server_that_ends_at_start_is_told_by_its_log(tmp_path: Path) -> None:
