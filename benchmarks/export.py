@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from covey.errors import Unavailable
 from covey.model import gguf_tokenizer
 from covey.model.config import ModelConfig
 from covey.model.source import ModelSource
@@ -28,7 +30,7 @@ def export(source: ModelSource, cache_dir: Path) -> Path:
     """The folder of a model: its own if it came as one, otherwise one written once beside the cached weights.
 
     Raises:
-        CoveyError: the weights cannot be read, or there is no space.
+        CoveyError: the weights cannot be read, or the folder not written.
     """
     if source.kind == "folder":
         return source.path
@@ -39,11 +41,14 @@ def export(source: ModelSource, cache_dir: Path) -> Path:
     weights = map_weights(prepare(source, config, cache_dir).path, config)
     draft = folder.with_suffix(".partial")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file(tensors(weights, config), draft / "model.safetensors", metadata={"format": "pt"})
-    (draft / "config.json").write_text(json.dumps(config_json(config), indent=2))
-    _write_tokenizer(source.gguf().meta, draft)
-    draft.rename(folder)
+    try:
+        draft.mkdir(parents=True)
+        save_file(tensors(weights, config), draft / "model.safetensors", metadata={"format": "pt"})
+        (draft / "config.json").write_text(json.dumps(config_json(config), indent=2))
+        _write_tokenizer(source.gguf().meta, draft)
+        draft.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise Unavailable(f"cannot write the model's folder {draft}: {error}") from error
     return folder
 
 

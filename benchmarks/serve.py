@@ -54,9 +54,12 @@ async def run(plan: MeshPlan, console: Console, *, quick: bool, peers: bool, dat
         clock=clock,
     )
     limits = await anyio.to_thread.run_sync(measure, clock)
-    others = await _peers(bench, plan, source, report, quick=quick) if peers else []
-    await bench.run(Covey(plan=plan, clock=clock), others)
+    vllm = await best_vllm(bench, plan, source, quick=quick) if peers else None
+    await bench.run(Covey(plan=plan, clock=clock), [vllm] if vllm else [])
     bench.write(report)
+    if vllm and vllm.name in bench.results:
+        compiled = [float(vllm.mode == "compiled")]
+        report.add(case="setting", system=vllm.name, metric="compiled", unit="(1: yes)", samples=compiled)
     add_limit(report, limits, await anyio.to_thread.run_sync(source.config))
     bench.plot(plots / "serve.png")
     return report
@@ -79,26 +82,20 @@ def add_limit(report: Report, limits: Limits, config: ModelConfig) -> None:
         report.ratios[f"{metric}/{ALONE}/limit"] = ours / best
 
 
-async def _peers(
-    bench: ServeBench, plan: MeshPlan, source: ModelSource, report: Report, *, quick: bool
-) -> list[System]:
-    """The peers that work here, each in its best setting; of the others, the reason on the console."""
+async def best_vllm(bench: ServeBench, plan: MeshPlan, source: ModelSource, *, quick: bool) -> Vllm | None:
+    """The peer in its best setting (eager if it must be `quick`); if it does not work, the reason on the console."""
     state = read_state("vllm")
     if not state.ok:
         bench.leave_out("vllm", state.reason)
-        return []
-    folder = await anyio.to_thread.run_sync(export, source, plan.files.cache_dir)
+        return None
     log, model = plan.files.run_dir / "vllm.log", next(iter(plan.models))
-    vllm = Vllm(python=python_of("vllm"), folder=folder, model=model, log=log, clock=MonotonicClock())
-    if not quick:
-        try:
-            vllm = await bench.fastest([vllm, replace(vllm, mode="compiled")])
-        except CoveyError as error:
-            bench.leave_out("vllm", str(error))
-            return []
-    compiled = [float(vllm.mode == "compiled")]
-    report.add(case="setting", system="vllm", metric="compiled", unit="1 = yes", samples=compiled)
-    return [vllm]
+    try:
+        folder = await anyio.to_thread.run_sync(export, source, plan.files.cache_dir)
+        eager = Vllm(python=python_of("vllm"), folder=folder, model=model, log=log, clock=MonotonicClock())
+        return eager if quick else await bench.fastest([eager, replace(eager, mode="compiled")])
+    except CoveyError as error:
+        bench.leave_out("vllm", str(error))
+        return None
 
 
 class ServeBench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.export import config_json, export, tensors
+from covey.errors import Unavailable
 from covey.model.config import RopeScaling, from_hf
 from covey.model.source import ModelSource, resolve
 from covey.model.tokenizer import open_tokenizer
@@ -77,3 +79,20 @@ def test_a_stretched_rotary_embedding_keeps_all_its_numbers() -> None:
     scaling = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=2.0, high_freq_factor=5.0, original_context=1024)
     config = replace(resolve("smollm2").config(), rope_scaling=scaling, eos_ids=(2, 5))
     assert from_hf(config_json(config), {}) == config
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(
+    packaged: tuple[Path, ModelSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache, exported = packaged
+    aside = exported.path.rename(cache / "aside")
+    try:
+        monkeypatch.setattr("benchmarks.export.save_file", full)
+        with pytest.raises(Unavailable, match=r"cannot write .*No space left"):
+            export(resolve("smollm2"), cache)
+        assert not exported.path.exists()
+    finally:
+        aside.rename(exported.path)

@@ -9,9 +9,12 @@ import pytest
 from rich.console import Console
 
 from benchmarks.limit import Limits
+from benchmarks.peers import PeerState
 from benchmarks.report import Report
-from benchmarks.serve import OURS, WARM_UP, ServeBench, add_limit
+from benchmarks.serve import OURS, WARM_UP, ServeBench, add_limit, best_vllm
 from benchmarks.workload import AGAINST_PEERS, FULL, QUICK, Workload, workload
+from covey.cli.files import MeshFiles
+from covey.cli.mesh import MeshPlan
 from covey.errors import CoveyError
 from covey.model.source import resolve
 from covey.testing import VirtualClock, virtual_time
@@ -19,7 +22,8 @@ from covey.testing import VirtualClock, virtual_time
 from .slow_server import SlowServer
 
 SMALL = Workload(rates_per_s=(1.0,), requests=6, alone=2, rounds=3)
-CONFIG = resolve("smollm2").config()
+SOURCE = resolve("smollm2")
+CONFIG = SOURCE.config()
 PROMPTS = [f"prompt {i}" for i in range(20)]
 
 
@@ -83,6 +87,16 @@ def test_a_peer_that_fails_is_left_out_with_its_reason(settings: dict[str, int])
         assert report.ratios == {}
 
     run()
+
+
+async def test_a_peer_that_was_not_set_up_is_left_out_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.serve.read_state", lambda _: PeerState(ok=False, reason="no wheel for this CPU"))
+    bench, said = bench_of()
+    plan = MeshPlan(files=MeshFiles(run_dir=tmp_path, cache_dir=tmp_path), models={"m": "smollm2"})
+    assert await best_vllm(bench, plan, SOURCE, quick=True) is None
+    assert said.getvalue() == "vllm is left out: no wheel for this CPU\n"
 
 
 @virtual_time
