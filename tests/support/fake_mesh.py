@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from covey.auth import ApiKeys
 from covey.clock import MonotonicClock
 from covey.codec.methods import Decode, Prefill, SemCache
-from covey.errors import CoveyError, Unavailable
+from covey.errors import CoveyError, InvalidArgument, Unavailable
 from covey.net.memory import MemoryNetwork
 from covey.net.rpc import Call, Handlers
 from covey.net.tasks import background_tasks
@@ -234,6 +234,8 @@ class FakeSemCache:
         await anyio.sleep(self.delay_s)
         if self.error is not None:
             raise self.error
+        if not query.model:
+            raise InvalidArgument("a query needs its model", field="model")
         if query.exact_key and query.exact_key in self.exact:
             return CacheReply(outcome=CacheOutcome.EXACT, answer=self.exact[query.exact_key])
         if query.text and self.semantic is not None:

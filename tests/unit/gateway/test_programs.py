@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -24,6 +25,8 @@ from covey.types.generate import FinishReason, Role
 from covey.types.ids import CallId
 from covey.types.program import (
     AckValues,
+    CacheMode,
+    CacheOutcome,
     CancelCalls,
     GetVariable,
     OpenProgram,
@@ -34,7 +37,7 @@ from covey.types.program import (
     VariableDelta,
 )
 from services.gateway.config import ProgramSettings
-from tests.support.fake_mesh import OTHER_KEY, FakeMesh, FakeWorker, fast
+from tests.support.fake_mesh import MODEL, OTHER_KEY, FakeMesh, FakeSemCache, FakeWorker, fast
 from tests.support.grpc_edge import LATENCY, Client, answer, call, edge, opened
 
 
@@ -53,6 +56,22 @@ async def test_a_chain_runs_by_itself_and_values_flow() -> None:
     assert (value.call_id, value.reason, value.worker) == ("b", FinishReason.STOP, "d")
     assert value.usage is not None
     assert value.usage.completion_tokens == 12
+
+
+async def test_calls_that_name_no_model_are_answered_from_the_cache_too() -> None:
+    async with edge() as (mesh, channel):
+        worker = await worker_of(mesh)
+        cache = await mesh.add_semcache(FakeSemCache())
+        client = await opened(channel)
+        await client.submit(replace(call("a", "say cats"), cache=CacheMode.USE))
+        first = await client.get("out_a")
+        await assert_eventually(lambda: cache.offers)
+        await client.submit(replace(call("b", "say cats"), cache=CacheMode.USE))
+        second = await client.get("out_b")
+    assert (first.cache, second.cache) == (CacheOutcome.MISS, CacheOutcome.EXACT)
+    assert first.value == second.value
+    assert len(worker.seen) == 1
+    assert {query.model for query in cache.queries} == {MODEL}
 
 
 async def test_a_value_set_later_releases_what_waits() -> None:
