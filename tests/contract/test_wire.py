@@ -22,6 +22,7 @@ from covey.codec import decode, encode
 from covey.codec.messages import FILES, descriptor, is_union, optional_of
 from covey.codec.methods import SERVICES, BidiStream, ClientStream, ServerStream, methods_of
 from covey.types.generate import Event, GenerateRequest, KvScope, Sampling, Tokens
+from covey.types.ids import NamespaceId, RequestId, TenantId
 from covey.types.limits import KEY
 
 MODULES: list[ModuleType] = [import_module(f"covey.types.{name}") for name in FILES]
@@ -142,14 +143,21 @@ def test_any_message_survives_the_wire(cls: type) -> None:
 
 def test_a_union_survives_the_wire_and_an_empty_one_is_refused() -> None:
     tokens = Tokens(attempt=1, offset=3, ids=(7, 8), text="é", text_offset=2)
-    assert decode(Event, encode(tokens, "Event"), "Event") == tokens
+    union: Any = Event
+    assert decode(union, encode(tokens, "Event"), "Event") == tokens
     with pytest.raises(errors.InvalidArgument):
-        decode(Event, b"", "Event")
+        decode(union, b"", "Event")
 
 
 def _request(**changes: Any) -> GenerateRequest:
     base = GenerateRequest(
-        request_id="r", tenant="t", model="m", scopes=(), token_ids=(1,), sampling=Sampling(max_tokens=1), deadline_s=1
+        request_id=RequestId("r"),
+        tenant=TenantId("t"),
+        model="m",
+        scopes=(),
+        token_ids=(1,),
+        sampling=Sampling(max_tokens=1),
+        deadline_s=1,
     )
     return dataclasses.replace(base, **changes)
 
@@ -161,7 +169,7 @@ def _request(**changes: Any) -> GenerateRequest:
         (_request(sampling=Sampling(max_tokens=1, top_p=1.5)), "sampling.top_p"),
         (_request(sampling=Sampling(max_tokens=1, temperature=float("nan"))), "sampling.temperature"),
         (_request(stop=("x",) * 17), "stop"),
-        (_request(scopes=(KvScope(namespace=b"n" * 33, chain_root=b""),)), "scopes[0].namespace"),
+        (_request(scopes=(KvScope(namespace=NamespaceId(b"n" * 33), chain_root=b""),)), "scopes[0].namespace"),
         (_request(deadline_s=-1.0), "deadline_s"),
     ],
 )

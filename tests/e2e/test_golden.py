@@ -97,7 +97,7 @@ async def test_the_mesh_speaks_the_tokens_of_the_reference(
     split: str, workers: int, tmp_path: Path, cache_dir: Path, teacher: Teacher, record_property: Any
 ) -> None:
     prompts = _prompts()
-    plan = {"prefill": workers, "decode": workers, "kvstore": workers}
+    plan: dict[str, Any] = {"prefill": workers, "decode": workers, "kvstore": workers}
     settings = (f"gateway.routing.split={split}",)
     async with mesh_of(tmp_path, model=PACKAGED, cache_dir=cache_dir, settings=settings, **plan) as mesh:
         for warm in (False, True):

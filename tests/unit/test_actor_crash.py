@@ -78,7 +78,7 @@ async def test_a_poison_message_crashes_once() -> None:
 async def test_over_budget_the_failure_escalates() -> None:
     crashes: list[tuple[str, str, bool]] = []
     sibling_outcomes: list[object] = []
-    with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012
+    with pytest.raises(ExceptionGroup) as caught:
         async with (
             supervise(
                 on_crash=lambda name, error, restarting: crashes.append((name, type(error).__name__, restarting))
@@ -107,7 +107,7 @@ async def test_crashes_outside_the_window_do_not_count() -> None:
 
 @virtual_time
 async def test_escalation_is_the_default() -> None:
-    with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012
+    with pytest.raises(ExceptionGroup) as caught:
         async with supervise() as sup:
             sup.start(Counter, name="counter").offer(Boom())
             await anyio.sleep_forever()
