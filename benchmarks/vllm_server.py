@@ -120,18 +120,25 @@ def _group(leader: int) -> dict[str, int]:
 
 def _is_member(path: Path, leader: int) -> bool:
     try:
-        return os.getpgid(int(path.name)) == leader
-    except ProcessLookupError:
+        return os.getpgid(int(path.name)) == leader and not _is_zombie(path)
+    except (ProcessLookupError, FileNotFoundError):
         return False
 
 
+def _is_zombie(path: Path) -> bool:
+    return (path / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 async def _stop(process: Process) -> None:
-    """Ask the server to end, wait, and end what is left of its group."""
+    """Ask the server to end, wait for it and its workers, and end what is left of its group."""
     with anyio.CancelScope(shield=True):
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-            with anyio.move_on_after(GRACE_S):
-                await process.wait()
+        with anyio.move_on_after(GRACE_S):
+            await process.wait()
+            # The last of them takes the shared memory away; killed too early, it would stay.
+            while len(_group(process.pid)) > 1:  # noqa: ASYNC110 - they are no children of ours
+                await anyio.sleep(POLL_S)
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:

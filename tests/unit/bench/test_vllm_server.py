@@ -18,7 +18,7 @@ STAND_IN = """#!{python}
 import http.server, os, signal, sys
 if os.fork() == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pause()
+    {worker}
     os._exit(0)
 class Healthy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -29,9 +29,16 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 """
 
 
-def vllm(folder: Path, script: str, mode: str = "eager") -> Vllm:
+STUBBORN = "signal.pause()"
+TIDY = """parent = os.getppid()
+    while os.getppid() == parent: signal.sigtimedwait([signal.SIGUSR1], 0.02)
+    signal.sigtimedwait([signal.SIGUSR1], 0.3)
+    open("tidied", "w").close()"""
+
+
+def vllm(folder: Path, script: str, mode: str = "eager", worker: str = STUBBORN) -> Vllm:
     python = folder / "python"
-    python.write_text(script.format(python=sys.executable))
+    python.write_text(script.format(python=sys.executable, worker=worker))
     python.chmod(0o755)
     log = folder / "vllm.log"
     return Vllm(python=python, folder=folder / "model", model="m", log=log, clock=MonotonicClock(), mode=mode)
@@ -44,7 +51,15 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-async def test_it_is_ready_measured_and_ended_with_its_workers(tmp_path: Path) -> None:
+async def test_workers_have_time_to_tidy_up(tmp_path: Path) -> None:
+    async with vllm(tmp_path, STAND_IN, worker=TIDY).serving() as serving:
+        pass
+    assert is_gone(serving.pids["worker_0"])
+    assert (tmp_path / "tidied").exists()
+
+
+async def test_it_is_ready_measured_and_ended_with_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.vllm_server.GRACE_S", 0.3)
     async with vllm(tmp_path, STAND_IN).serving() as serving:
         assert serving.ready_s > 0
         assert set(serving.pids) == {"server", "worker_0"}
@@ -54,7 +69,8 @@ async def test_it_is_ready_measured_and_ended_with_its_workers(tmp_path: Path) -
         await assert_eventually(partial(is_gone, pid))
 
 
-async def test_it_is_ended_when_the_measurement_fails(tmp_path: Path) -> None:
+async def test_it_is_ended_when_the_measurement_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.vllm_server.GRACE_S", 0.3)
     pids: list[int] = []
     with pytest.raises(RuntimeError, match="mid-way"):
         async with vllm(tmp_path, STAND_IN).serving() as serving:
