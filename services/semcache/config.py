@@ -35,6 +35,8 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     listen: str = "127.0.0.1:0"
     encoder: str = PACKAGED
     """The packaged model, or the folder of another sentence-transformers model."""
+    preload: bool = True
+    """Load the encoder at start, in the background; without it the first semantic look-up or Embed does, and waits."""
     encoder_threads: int = 1
     encoder_queue: int = 64
     encode_batch: int = 8

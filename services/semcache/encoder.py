@@ -1,4 +1,4 @@
-"""The encoder as an actor: loads its model in the background, then encodes what waits in batches, on one thread."""
+"""The encoder as an actor: loads its model at its first message, then encodes what waits in batches, on one thread."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Encode(Ask[tuple[Encoded, ...]]):
 
 
 class Encoder:
-    """Owns the model and the thread that computes; asks that arrive before it is loaded wait in the inbox."""
+    """Owns the model and the thread that computes; asks that arrive before it is loaded wait in the inbox.
+
+    The first ask starts the load; one without texts does nothing else.
+    """
 
     def __init__(
         self,
@@ -67,9 +70,11 @@ class Encoder:
         self._status.phase = Phase.LOADING
         async with anyio.create_task_group() as tg:
             loaded: list[EncoderModel] = []
-            done = anyio.Event()
-            tg.start_soon(self._load_model, loaded, done)
+            done: anyio.Event | None = None
             async for ask in inbox:
+                if done is None:
+                    done = anyio.Event()
+                    tg.start_soon(self._load_model, loaded, done)
                 await done.wait()
                 await self._serve(loaded, [ask, *self._more(inbox, len(ask.texts))])
             tg.cancel_scope.cancel()  # stopped while loading: nobody waits for the model any more

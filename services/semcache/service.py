@@ -18,7 +18,7 @@ from covey.types.generate import Role
 
 from .cache import AnswerCache, CacheLimits
 from .config import Config
-from .encoder import Embedder, Encoder, EncoderStatus
+from .encoder import Embedder, Encode, Encoder, EncoderStatus
 from .learning import learn_categories
 from .metrics import CacheMetrics
 from .minilm import PACKAGED, SentenceModel, find_model, verify
@@ -47,6 +47,8 @@ async def serve(config: Config, rt: Runtime) -> None:
             capacity=config.encoder_queue,
             restart=Restart(),
         )
+        if config.preload:
+            encoder.offer(Encode(texts=()))
         embedder = Embedder(encoder, status, memo_max=config.memo_max)
         cache = AnswerCache(
             store,

@@ -72,7 +72,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
         (folder / f"{tenant}.key").chmod(0o600)
     base = folder / "covey.toml"
     base.write_text(TENANTS.format(folder=folder))
-    with mesh_in_thread(folder, base=base) as mesh:
+    with mesh_in_thread(folder, base=base, settings=("semcache.preload=true",)) as mesh:
         yield mesh
 
 

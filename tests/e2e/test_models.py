@@ -19,6 +19,7 @@ from covey.codec.methods import Decode
 from covey.net.rpc import Channel
 from covey.types.common import Empty
 from covey.types.generate import EngineInfo
+from tests.support.meshes import LEAN
 from tests.support.openai_server import KEY, MODEL, VendorServer, answer_to, vendor_server
 from tests.support.tiny_llama import write_tiny_llama
 
@@ -45,7 +46,10 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, vendor: VendorServer) -> Iter
     base = folder / "covey.toml"
     base.write_text(_models_table(sources, vendor.url, key_file))
     plan = MeshPlan(
-        files=MeshFiles(run_dir=folder / "run", cache_dir=folder / "cache", base=base), models=sources, restart=False
+        files=MeshFiles(run_dir=folder / "run", cache_dir=folder / "cache", base=base),
+        models=sources,
+        settings=LEAN,
+        restart=False,
     )
     with (
         anyio.from_thread.start_blocking_portal() as portal,

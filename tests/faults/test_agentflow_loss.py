@@ -18,6 +18,7 @@ from covey.cli.up import publish
 from covey.testing import assert_eventually
 from covey.types.flow import NodeState, RunState, RunView
 from covey.types.program import CacheMode
+from tests.support.meshes import LEAN
 from tests.support.tiny_llama import write_tiny_llama
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
@@ -35,7 +36,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     folder = tmp_path_factory.mktemp("agentflow")
     source = str(write_tiny_llama(folder / "model"))
     files = MeshFiles(run_dir=folder / "run", cache_dir=folder / "cache")
-    plan = MeshPlan(files=files, models={"tiny": source}, restart=True)
+    plan = MeshPlan(files=files, models={"tiny": source}, settings=LEAN, restart=True)
     with (
         anyio.from_thread.start_blocking_portal() as portal,
         portal.wrap_async_context_manager(running(plan)) as mesh,

@@ -17,6 +17,8 @@ from tests.support.tiny_llama import write_tiny_llama
 
 TINY = "tiny"
 PACKAGED = "smollm2"
+LEAN = ("semcache.preload=false",)
+"""The encoder takes seconds of a core to load: only tests that need it at once pay for it, by a setting of theirs."""
 
 
 @asynccontextmanager
@@ -35,7 +37,7 @@ async def mesh_of(
     """
     source = str(write_tiny_llama(folder / "model")) if model == TINY else model
     files = MeshFiles(run_dir=folder / "run", cache_dir=cache_dir or folder / "cache", base=base)
-    chosen = MeshPlan(files=files, models={model: source}, settings=settings, restart=False, **plan)
+    chosen = MeshPlan(files=files, models={model: source}, settings=(*LEAN, *settings), restart=False, **plan)
     async with running(chosen) as mesh:
         yield mesh
 

@@ -22,7 +22,7 @@ from covey.types.ids import TenantId
 from covey.types.semcache import CacheOffer, CacheQuery
 from services.semcache.cache import AnswerCache, CacheLimits
 from services.semcache.config import CategoryConfig, Config
-from services.semcache.encoder import Embedder, Encoder, EncoderStatus, Phase
+from services.semcache.encoder import Embedder, Encode, Encoder, EncoderStatus, Phase
 from services.semcache.learning import learn_categories
 from services.semcache.metrics import CacheMetrics
 from services.semcache.minilm import Encoded, EncoderModel
@@ -92,6 +92,8 @@ async def running_cache(
             capacity=config.encoder_queue,
             restart=Restart(),
         )
+        if config.preload:
+            encoder.offer(Encode(texts=()))
         embedder = Embedder(encoder, status, memo_max=config.memo_max)
         cache = AnswerCache(
             store,
