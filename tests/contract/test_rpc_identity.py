@@ -82,7 +82,7 @@ async def test_headers_and_request_id_travel_on(wire: Wire) -> None:
     assert seen[0].headers["x-tenant"] == "t"
     assert "x-tenant" not in seen[1].headers
     assert all("authorization" not in call.headers for call in seen)
-    assert 0 < seen[1].remaining_s() <= 5
+    assert 0 < seen[1].remaining_s() <= 5.1  # gRPC rounds a deadline up
 
 
 async def test_the_trace_goes_on_at_the_other_side(wire: Wire) -> None:
