@@ -17,8 +17,8 @@ up: $(READY) ## Start the whole mesh on loopback; Ctrl-C drains it
 	@$(BIN)/covey up
 
 test: $(READY) check ## Everything a change must pass
-	$(PYTEST) tests/unit tests/contract tests/security tests/typing -n 2 --dist loadgroup
-	$(PYTEST) tests/e2e tests/faults
+	$(PYTEST) tests/unit tests/contract tests/typing -n 3 --dist loadgroup
+	$(PYTEST) tests/e2e tests/faults tests/security -n 2 --dist loadfile
 
 check: $(READY) ## Lint, types, import rules, size budget
 	$(BIN)/ruff check .

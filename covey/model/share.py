@@ -17,9 +17,9 @@ _SLOTS, _SLOT_BYTES = 64, 64
 _STATE = struct.Struct("<qdd")  # pid, when the running step began (0: none), when the last one ended
 _FLOCK = struct.Struct("@hhqqi4x")  # Linux struct flock
 
-LINGER_S = 0.03
-"""An engine counts as busy for this long after a step, so that the gap between two steps does not move its
-neighbours.
+LINGER_S = 0.5
+"""An engine counts as busy for this long after a step. Shares then stay put while traffic flows: an engine that moves
+between one core and two loses more than the second core gives (measured: 56 tokens/s at 0.03 s, 80 at 0.5 s).
 """
 
 STUCK_S = 30.0
