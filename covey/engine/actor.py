@@ -251,7 +251,7 @@ class EngineActor:
         for drawn in outcome.sampled:
             seq = self._seq(drawn.seq)
             seq.first_token_at = seq.first_token_at or now
-            self._deliver(seq, seq.push(drawn, self._vocabulary))
+            self._deliver(seq, seq.push(drawn.draws[0], self._vocabulary))
 
     def _deliver(self, seq: Sequence, tokens: Tokens) -> None:
         if seq.has_ended:

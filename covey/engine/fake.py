@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covey.errors import InvalidArgument
-from covey.model.plan import Row, RunnerInfo, Sampled, SampleSpec, StepOutcome, StepPlan
+from covey.model.plan import Draw, Row, RunnerInfo, Sampled, SampleSpec, StepOutcome, StepPlan
 from covey.model.text_stream import TextStream
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -118,6 +118,6 @@ class FakeRunner:
         while token in spec.banned:
             token = (token + 1) % self.info.vocab_size
         if spec.logprobs is None:
-            return Sampled(seq=row.seq, token=token)
+            return Sampled(seq=row.seq, draws=(Draw(token=token),))
         rivals = tuple(((token + i) % self.info.vocab_size, -1.0 - i) for i in range(spec.logprobs))
-        return Sampled(seq=row.seq, token=token, logprob=-1.0, top=rivals)
+        return Sampled(seq=row.seq, draws=(Draw(token=token, logprob=-1.0, top=rivals),))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from anyio import CancelScope
 
-from covey.model.plan import Sampled, SampleSpec
+from covey.model.plan import Draw, SampleSpec
 from covey.types.generate import GenerateRequest, Stage, Timings, TokenLogprob, Tokens, TopLogprob, Usage
 
 from .chain import BlockChain
@@ -98,7 +98,7 @@ class Sequence:
             banned=self.eos_ids if self.generated < sampling.min_tokens else (),
         )
 
-    def push(self, drawn: Sampled, vocabulary: Vocabulary) -> Tokens:
+    def push(self, drawn: Draw, vocabulary: Vocabulary) -> Tokens:
         """Add a generated token and return the event that says so."""
         self.tokens.append(drawn.token)
         self.text.push(drawn.token)
@@ -146,7 +146,7 @@ def _has_penalty(request: GenerateRequest) -> bool:
     return penalties != (0.0, 0.0, 1.0)
 
 
-def _logprobs(drawn: Sampled, vocabulary: Vocabulary) -> tuple[TokenLogprob, ...]:
+def _logprobs(drawn: Draw, vocabulary: Vocabulary) -> tuple[TokenLogprob, ...]:
     if drawn.logprob is None:
         return ()
     top = tuple(TopLogprob(id=i, token=vocabulary.token_bytes(i), logprob=value) for i, value in drawn.top)

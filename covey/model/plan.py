@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TokenMask(Protocol):
+    """Which tokens may be drawn, computed beside the forward pass."""
+
+    def words(self) -> NDArray[np.int32]:
+        """Wait for the mask: bit `i % 32` of word `i // 32` is set where token `i` is allowed; [ceil(vocab / 32)]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,8 +25,8 @@ class SampleSpec:
     whole sequence, of the token to draw: with `seed` it keys the random number, so a draw is the same in any batch, on
     any worker. `history` is every token of the sequence so far, its first `prompt_len` being the prompt; it is needed
     only when a penalty is on: repetition looks at all of it, presence and frequency only at what was generated.
-    `banned` ids are never drawn. `logprobs` asks for the log probability of the drawn token and of that many best
-    ones, before any of these settings.
+    `banned` ids are never drawn, nor is what `mask` leaves out. `logprobs` asks for the log probability of the drawn
+    token and of that many best ones, before any of these settings.
     """
 
     temperature: float = 0.0
@@ -32,6 +43,7 @@ class SampleSpec:
     history: tuple[int, ...] = ()
     prompt_len: int = 0
     banned: tuple[int, ...] = ()
+    mask: TokenMask | None = None
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -40,6 +52,7 @@ class SampleSpec:
             self.temperature == 0.0
             and self.logprobs is None
             and not self.banned
+            and self.mask is None
             and not self.logit_bias
             and not self.has_penalty
         )
@@ -56,6 +69,13 @@ class Row:
 
     `start` is the position of the first of `tokens`; the keys and values of positions before it are in `blocks`, the
     block table, which covers `start + len(tokens)` positions. Without `sample` the row only fills the cache.
+
+    The last `draft` tokens are guesses (a row with `sample` only): a token is drawn after the one before them and after
+    each of them for as long as the guess equals the draw, so that the draws are those of `draft + 1` plain steps.
+
+    A row may run through some layers only, `first_layer` up to, not including, `last_layer` (None: to the end). What it
+    leaves unfinished waits in the runner until a row of the same sequence, start and tokens goes on from there, or
+    `drop`. All such rows of a step share one range, and none has a draft.
     """
 
     seq: int
@@ -63,6 +83,9 @@ class Row:
     start: int
     blocks: tuple[int, ...]
     sample: SampleSpec | None = None
+    draft: int = 0
+    first_layer: int = 0
+    last_layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,22 +95,42 @@ class StepPlan:
     rows: tuple[Row, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """The token drawn for a row; `logprob` and `top` only where the row asked for them."""
+class Interrupt(Protocol):
+    """Asked by the running step between two layers, from the step's own thread."""
 
-    seq: int
+    def cancelled(self) -> Collection[int]:
+        """Sequences whose rows are wanted no more; only ever grows during a step."""
+
+    def is_preempted(self) -> bool:
+        """Whether rows of several tokens shall stop here, to go on in a later step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """A drawn token; `logprob` and `top` only where the row asked for them."""
+
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What was drawn for a row: one token, or with a draft the guesses that held and one more."""
+
+    seq: int
+    draws: tuple[Draw, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
-    """The draws of a step, and the rows that failed alone: (sequence, what was wrong)."""
+    """The draws of a step; the rows that failed alone: (sequence, what was wrong); and the rows that stopped between
+    layers: (sequence, layer to go on with). A row of a cancelled sequence is in none of them.
+    """
 
     sampled: tuple[Sampled, ...] = ()
     failed: tuple[tuple[int, str], ...] = ()
+    suspended: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +163,14 @@ class Runner(Protocol):
     def info(self) -> RunnerInfo:
         """The same for the runner's whole life."""
 
-    def step(self, plan: StepPlan) -> StepOutcome:
+    def step(self, plan: StepPlan, interrupt: Interrupt | None = None) -> StepOutcome:
         """Run the rows; a bad row is reported in `failed` and leaves the others as they are."""
 
+    def drop(self, seq: int) -> None:
+        """Forget what a sequence left between two layers; without effect when it left nothing."""
+
     def block_view(self, block_id: int) -> memoryview:
-        """The writable bytes of one block: [layers, 2 (K, V), kv_heads, block_size, head_dim] of `info.kv_dtype`."""
+        """The writable bytes of one block, layer after layer; see `covey.model.pool` for what is in them."""
 
     def close(self) -> None:
         """Give the memory back; views handed out must be released first."""

@@ -13,7 +13,7 @@ from covey.errors import InvalidArgument
 from .batch import Batch, build_batch, row_error
 from .config import ModelConfig
 from .decoder import Decoder
-from .plan import Row, RunnerInfo, Sampled, StepOutcome, StepPlan
+from .plan import Draw, Row, RunnerInfo, Sampled, StepOutcome, StepPlan
 from .pool import Geometry, KvPool
 from .sampler import draw
 from .share import CoreShare
@@ -91,9 +91,9 @@ def _sample(logits: torch.Tensor, batch: Batch) -> tuple[list[Sampled], list[tup
         if not fine[i]:
             failed.append((seq, "the model's logits are not finite"))
         elif spec.is_plain_greedy:
-            sampled.append(Sampled(seq=seq, token=greedy[i]))
+            sampled.append(Sampled(seq=seq, draws=(Draw(token=greedy[i]),)))
         else:
-            sampled.append(draw(seq, logits[i].numpy(), spec))
+            sampled.append(Sampled(seq=seq, draws=(draw(logits[i].numpy(), spec),)))
     return sampled, failed
 
 

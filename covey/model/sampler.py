@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import Sampled, SampleSpec
+from .plan import Draw, SampleSpec
 
 _Logits = NDArray[np.float32]
 _Probabilities = NDArray[np.float64]
@@ -14,7 +14,7 @@ _Ids = NDArray[np.int64]
 _WORD = (1 << 64) - 1
 
 
-def draw(seq: int, logits: _Logits, spec: SampleSpec) -> Sampled:
+def draw(logits: _Logits, spec: SampleSpec) -> Draw:
     """Draw from `logits` [vocab], which stay unchanged.
 
     Order: repetition, presence and frequency penalties, bias, bans, temperature, top-k, top-p, min-p. The reported log
@@ -23,11 +23,10 @@ def draw(seq: int, logits: _Logits, spec: SampleSpec) -> Sampled:
     adjusted = _adjust(logits, spec)
     token = int(np.argmax(adjusted)) if spec.temperature <= 0.0 else _draw_random(adjusted, spec)
     if spec.logprobs is None:
-        return Sampled(seq=seq, token=token)
+        return Draw(token=token)
     normaliser = _log_sum_exp(logits)
     best = _best(logits, spec.logprobs)
-    return Sampled(
-        seq=seq,
+    return Draw(
         token=token,
         logprob=float(logits[token] - normaliser),
         top=tuple((int(i), float(logits[i] - normaliser)) for i in best),

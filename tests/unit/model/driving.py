@@ -24,11 +24,11 @@ def generate(
         piece = prompt[start : start + size]
         last = start + size >= len(prompt)
         outcome = runner.step(StepPlan(rows=(row(0, piece, start, blocks, GREEDY if last else None),)))
-        tokens += [s.token for s in outcome.sampled]
+        tokens += [s.draws[0].token for s in outcome.sampled]
     while len(tokens) < count:
         at = len(prompt) + len(tokens) - 1
         outcome = runner.step(StepPlan(rows=(row(0, tokens[-1:], at, blocks),)))
-        tokens.append(outcome.sampled[0].token)
+        tokens.append(outcome.sampled[0].draws[0].token)
     return tokens
 
 
@@ -42,7 +42,7 @@ def log_probabilities(runner: Runner, rows: list[Row]) -> dict[int, NDArray[np.f
     found = {}
     for sampled in outcome.sampled:
         values = np.empty(size)
-        for token, value in sampled.top:
+        for token, value in sampled.draws[0].top:
             values[token] = value
         found[sampled.seq] = values
     return found

@@ -58,7 +58,7 @@ def test_blocks_copied_elsewhere_continue_the_same(tiny: TorchRunner, tiny_folde
     tokens = expected[:1]
     while len(tokens) < 12:
         outcome = other.step(StepPlan(rows=(row(0, tokens[-1:], len(PROMPT) + len(tokens) - 1, table),)))
-        tokens.append(outcome.sampled[0].token)
+        tokens.append(outcome.sampled[0].draws[0].token)
     assert tokens == expected
 
 

@@ -38,7 +38,7 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 @given(LOGITS, SPECS)
 def test_a_draw_obeys_its_filters(logits: np.ndarray, spec: SampleSpec) -> None:
     before = logits.copy()
-    token = draw(0, logits, spec).token
+    token = draw(logits, spec).token
     assert np.array_equal(logits, before)
     chances = softmax(logits, spec.temperature)
     if spec.top_k:
@@ -51,7 +51,7 @@ def test_a_draw_obeys_its_filters(logits: np.ndarray, spec: SampleSpec) -> None:
 
 @given(LOGITS, SPECS)
 def test_a_draw_repeats_and_the_seed_matters(logits: np.ndarray, spec: SampleSpec) -> None:
-    assert draw(0, logits, spec) == draw(0, logits, spec)
+    assert draw(logits, spec) == draw(logits, spec)
     assert uniform(spec.seed, spec.position) != uniform(spec.seed, spec.position + 1)
     assert uniform(spec.seed, spec.position) != uniform(spec.seed + 1, spec.position)
 
@@ -61,7 +61,7 @@ def test_frequencies_are_the_probabilities(extra: dict[str, float]) -> None:
     logits = np.array([1.0, 0.0, -1.0, 2.0, 0.5], dtype=np.float32)
     spec = SampleSpec(**{"temperature": 1.0, "seed": 11, **extra})  # type: ignore[arg-type]
     count = 4000
-    tokens = [draw(0, logits, dataclasses.replace(spec, position=i)).token for i in range(count)]
+    tokens = [draw(logits, dataclasses.replace(spec, position=i)).token for i in range(count)]
     found = np.bincount(tokens, minlength=5) / count
     expected = softmax(logits, spec.temperature)
     # Five standard deviations of a binomial share.
@@ -70,16 +70,16 @@ def test_frequencies_are_the_probabilities(extra: dict[str, float]) -> None:
 
 def test_top_p_keeps_the_fewest_that_reach_it() -> None:
     logits = np.log(np.array([0.1, 0.5, 0.15, 0.25], dtype=np.float32))
-    seen = {draw(0, logits, SampleSpec(temperature=1.0, top_p=0.7, position=i)).token for i in range(300)}
+    seen = {draw(logits, SampleSpec(temperature=1.0, top_p=0.7, position=i)).token for i in range(300)}
     assert seen == {1, 3}
-    assert draw(0, logits, SampleSpec(temperature=1.0, top_p=0.0)).token == 1
+    assert draw(logits, SampleSpec(temperature=1.0, top_p=0.0)).token == 1
 
 
 def test_penalties_bias_and_bans() -> None:
     logits = np.array([2.0, 1.9, 1.8, -1.0], dtype=np.float32)
 
     def greedy(**settings: object) -> int:
-        return draw(0, logits, SampleSpec(**settings)).token  # type: ignore[arg-type]
+        return draw(logits, SampleSpec(**settings)).token  # type: ignore[arg-type]
 
     assert greedy() == 0
     assert greedy(banned=(0,)) == 1
@@ -96,17 +96,17 @@ def test_penalties_bias_and_bans() -> None:
 def test_log_probabilities_are_the_models_own() -> None:
     logits = np.array([2.0, 1.0, 3.0, -4.0], dtype=np.float32)
     expected = np.log(softmax(logits))
-    sampled = draw(5, logits, SampleSpec(logprobs=2, banned=(2,), temperature=0.0))
-    assert (sampled.seq, sampled.token) == (5, 0)
+    sampled = draw(logits, SampleSpec(logprobs=2, banned=(2,), temperature=0.0))
+    assert sampled.token == 0
     assert sampled.logprob == pytest.approx(expected[0], abs=1e-6)
     assert [i for i, _ in sampled.top] == [2, 0]
     assert [p for _, p in sampled.top] == pytest.approx([expected[2], expected[0]], abs=1e-6)
-    assert draw(5, logits, SampleSpec(logprobs=0)).top == ()
+    assert draw(logits, SampleSpec(logprobs=0)).top == ()
 
 
 def test_sampled_rows_do_not_depend_on_the_batch(tiny: TorchRunner) -> None:
     spec = SampleSpec(temperature=0.9, top_p=0.95, seed=3, position=21)
     rows = [row(i, list(range(i, i + 21)), 0, [4 * i, 4 * i + 1, 4 * i + 2], spec) for i in range(4)]
-    together = {s.seq: s.token for s in tiny.step(StepPlan(rows=tuple(rows))).sampled}
-    alone = {r.seq: tiny.step(StepPlan(rows=(r,))).sampled[0].token for r in rows}
+    together = {s.seq: s.draws[0].token for s in tiny.step(StepPlan(rows=tuple(rows))).sampled}
+    alone = {r.seq: tiny.step(StepPlan(rows=(r,))).sampled[0].draws[0].token for r in rows}
     assert together == alone
