@@ -83,7 +83,8 @@ def prefill(runner: Runner, seq: int, tokens: tuple[int, ...] = PROMPT) -> None:
 def plain(runner: Runner, seq: int, spec: SampleSpec, count: int) -> list[Draw]:
     """`count` draws after the prompt, a step each."""
     prefill(runner, seq)
-    tokens, draws = PROMPT, []
+    tokens = PROMPT
+    draws: list[Draw] = []
     for _ in range(count):
         asked = row(seq, tokens[-1:], len(tokens) - 1, spec_at(spec, tokens))
         (sampled,) = runner.step(StepPlan(rows=(asked,))).sampled
