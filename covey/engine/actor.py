@@ -21,8 +21,10 @@ from covey.errors import (
     Unavailable,
 )
 from covey.model.plan import Runner, StepOutcome
-from covey.policy.batching import Batcher, Chunk
+from covey.policy.batch_policies import make_batcher
 from covey.policy.blocks import BlockChanges, BlockPool
+from covey.policy.chunk import Chunk
+from covey.policy.ledger import Demand
 from covey.types.generate import Accepted, Event, GenerateRequest, Handover, Role, Stage, Tokens
 from covey.types.ids import WorkerId
 from covey.types.store import BlockStore
@@ -78,7 +80,7 @@ class EngineActor:
         transfers = Transfers(store, runner, clock, timeout_s=limits.kv_timeout_s) if store is not None else None
         self.intake = Intake(info, vocabulary, role, model)
         self.pool = BlockPool(n_blocks=info.n_blocks, name=str(worker))
-        self.batcher = Batcher(limits.batch)
+        self.batcher = make_batcher(limits.batch, n_layers=info.n_layers)
         self.board = Board()
         self._holdings = Holdings(self.pool, info.block_size)
         self._stepper = Stepper(runner, self._holdings, self.board, clock, niceness=limits.niceness)
@@ -128,7 +130,7 @@ class EngineActor:
         now = self.board.busy_since = self._clock.now()
         self._sweep(now)
         self._admit(now)
-        chunks = self.batcher.plan()
+        chunks = self.batcher.plan(now)
         self._publish()
         if chunks:
             await self._step(chunks)
@@ -200,7 +202,8 @@ class EngineActor:
             if outbox.is_unwanted or seq.has_ended:
                 answer_at_once(seq, self._worker, self._clock.now())
                 return
-            self.batcher.submit(seq.id, len(seq.tokens))
+            demand = Demand(tokens=len(seq.tokens), arrived_at=seq.submitted_at, priority=request.priority)
+            self.batcher.submit(seq.id, demand)
         except Overloaded as error:
             outbox.put(refused(error))
             return
@@ -215,7 +218,7 @@ class EngineActor:
     # -- from the queue to the batch ------------------------------------------------
 
     def _admit(self, now: float) -> None:
-        for seq_id in self.batcher.admit(lambda seq_id: self._holdings.find_room(self._seq(seq_id))):
+        for seq_id in self.batcher.admit(lambda seq_id: self._holdings.find_room(self._seq(seq_id)), now):
             seq = self._seq(seq_id)
             seq.admitted_at = now
             if self._loader.can_load(seq):
@@ -240,7 +243,12 @@ class EngineActor:
 
     def _apply(self, chunks: tuple[Chunk, ...], outcome: StepOutcome, elapsed_s: float) -> None:
         now = self._clock.now()
-        self.batcher.apply(chunks, {drawn.seq for drawn in outcome.sampled}, elapsed_s)
+        self.batcher.apply(
+            chunks,
+            {drawn.seq: len(drawn.draws) for drawn in outcome.sampled},
+            elapsed_s,
+            suspended=dict(outcome.suspended),
+        )
         for seq_id, reason in outcome.failed:
             self._end(self._seq(seq_id), failed(Internal(reason)))
         for chunk in chunks:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from covey.config import CommonConfig, NonNegative, Positive, PositiveInt
-from covey.policy.batching import BatchLimits
+from covey.policy.batch_limits import Batching, BatchLimits
 
 from .limits import EngineLimits
 
@@ -35,6 +35,8 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """Cores to use at most; engines on one host divide theirs by who is busy."""
     kv_transport: Literal["auto", "grpc"] = "auto"
     """How blocks travel: `auto` maps the arena of a store on this host, `grpc` never does."""
+    batching: Batching = _LIMITS.batch.batching
+    """How requests are ordered and prompts cut."""
     max_batch_tokens: PositiveInt = _LIMITS.batch.max_tokens
     max_running: PositiveInt = _LIMITS.batch.max_running
     queue_max: Annotated[int, msgspec.Meta(ge=0)] = _LIMITS.batch.queue_max
@@ -57,6 +59,7 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
         """The engine's bounds. Raises ValueError when they contradict each other."""
         return EngineLimits(
             batch=BatchLimits(
+                batching=self.batching,
                 max_tokens=self.max_batch_tokens,
                 max_running=self.max_running,
                 queue_max=self.queue_max,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from covey.policy.batching import BatchLimits
+from covey.policy.batch_limits import BatchLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,165 +1,224 @@
-"""First come, first served continuous batching with chunked prefill under a token budget (Orca §4, SplitFuse)."""
+"""Continuous batching: which sequences wait, which run, and what the next step computes (Orca §4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 from covey.errors import Overloaded
 
+from .batch_limits import BatchLimits
+from .chunk import Chunk
+from .discipline import Discipline, chunk_of
+from .ledger import Demand, Entry, Ledger
+from .pace import Pace
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLimits:
-    """Bounds of a batch. Raises ValueError when a full batch of decoding sequences would leave prefill no token."""
-
-    max_tokens: int = 512
-    """New tokens a step, decoding and prefilling together."""
-    max_running: int = 64
-    """Sequences that hold blocks at once."""
-    queue_max: int = 256
-    """Sequences that wait for room."""
-    step_target_s: float = 0.2
-    """How long a step should last: prefill chunks shrink to it, because cancellation waits for a step."""
-    chunk_min: int = 64
-    """The prefill budget never shrinks below this many tokens: smaller ones mostly pay for reading the weights."""
-
-    def __post_init__(self) -> None:
-        if min(self.max_tokens, self.max_running, self.chunk_min) < 1 or self.queue_max < 0 or self.step_target_s <= 0:
-            raise ValueError("every limit must be positive (queue_max may be 0)")
-        if self.max_running >= self.max_tokens:
-            raise ValueError("max_running must be less than max_tokens, or a full batch would starve prefill")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Compute `count` tokens of a sequence from position `start`; `is_last`: the next one is drawn."""
-
-    seq: int
-    start: int
-    count: int
-    is_last: bool
-
-
-@dataclass(slots=True)
-class _Running:
-    computed: int
-    known: int
-    is_paused: bool = False
+NONE: Mapping[int, int] = MappingProxyType({})
+PREEMPTION_GAP_STEPS = 4
+"""Steps from one preemption that a discipline asks for to the next (FastSwitch: priorities change every k steps)."""
 
 
 class Batcher:
-    """Which sequences wait, which run, and what the next step computes.
+    """A ledger of sequences, and a discipline that orders and cuts.
 
-    A sequence is submitted, admitted in order of arrival when the caller finds room for it, started once its blocks are
-    there (loading them may take a while), then planned at every step until it is removed. Decoding sequences go first
-    with one token each; the rest of the budget goes to prefills, oldest first. Nobody is overtaken while waiting.
+    A sequence is submitted, admitted when the caller finds room for it, started once its blocks are there (loading them
+    may take a while), then planned at every step until it is removed, or preempted, which puts it back in the line
+    before all newcomers. Decoding sequences go first with one token each, then their drafts, then prefills.
     """
 
-    def __init__(self, limits: BatchLimits) -> None:
+    def __init__(self, limits: BatchLimits, discipline: Discipline, pace: Pace, *, n_layers: int) -> None:
         self.limits = limits
-        self._waiting: dict[int, int] = {}
-        self._admitted: dict[int, int] = {}
-        self._running: dict[int, _Running] = {}
-        self._s_per_token = 0.0
+        self._discipline = discipline
+        self._pace = pace
+        self._n_layers = n_layers
+        self._ledger = Ledger()
+        self._blocked: int | None = None
+        self._in_step: tuple[Entry, ...] = ()
+        self._steps_since_preemption = 0
+
+    # -- what it holds ------------------------------------------------------------
 
     @property
     def waiting(self) -> int:
         """Sequences without room."""
-        return len(self._waiting)
+        return self._ledger.waiting
 
     @property
     def running(self) -> int:
         """Sequences with room, started or not."""
-        return len(self._admitted) + len(self._running)
+        return self._ledger.holding
 
     @property
     def queued_tokens(self) -> int:
         """Tokens that must still be computed before every sequence here decodes."""
-        ahead = sum(self._waiting.values()) + sum(self._admitted.values())
-        return ahead + sum(r.known - r.computed for r in self._running.values() if r.known - r.computed > 1)
-
-    def submit(self, seq: int, tokens: int) -> None:
-        """Put a sequence of `tokens` known tokens at the end of the queue. Raises Overloaded when the queue is full."""
-        if len(self._waiting) >= self.limits.queue_max and self._waiting:
-            raise Overloaded("the worker's queue is full", retry_after_ms=self.retry_after_ms())
-        self._waiting[seq] = tokens
+        return self._ledger.queued_tokens
 
     def retry_after_ms(self) -> int:
         """A guess at when there is room again: the time that the queued tokens take."""
-        return min(10_000, max(100, round(1000 * self.queued_tokens * (self._s_per_token or 0.001))))
+        return min(10_000, max(100, round(1000 * self.queued_tokens * (self._pace.s_per_token or 0.001))))
 
-    def admit(self, find_room: Callable[[int], bool]) -> tuple[int, ...]:
-        """Admit waiting sequences in order for as long as `find_room` gives them their blocks."""
-        admitted = []
-        for seq, tokens in tuple(self._waiting.items()):
-            if self.running >= self.limits.max_running or not find_room(seq):
+    # -- coming and going -----------------------------------------------------------
+
+    def submit(self, seq: int, demand: Demand) -> None:
+        """Put a sequence in the line. Raises Overloaded when the line is full."""
+        if self._ledger.newcomers >= max(1, self.limits.queue_max):
+            raise Overloaded("the worker's queue is full", retry_after_ms=self.retry_after_ms())
+        self._discipline.arrived(self._ledger.submit(seq, demand))
+
+    def admit(self, find_room: Callable[[int], bool], now: float) -> tuple[int, ...]:
+        """Admit waiting sequences in the discipline's order for as long as `find_room` gives them their blocks."""
+        admitted: list[int] = []
+        self._blocked = None
+        room = max(0, self.limits.max_running - self.running)
+        for entry in tuple(self._discipline.line(self._ledger.line(), room, now)) if room and self.waiting else ():
+            if not find_room(entry.seq):
+                self._blocked = entry.seq
                 break
-            del self._waiting[seq]
-            self._admitted[seq] = tokens
-            admitted.append(seq)
+            self._ledger.admit(entry.seq)
+            admitted.append(entry.seq)
         return tuple(admitted)
 
     def start(self, seq: int, *, computed: int, known: int) -> None:
         """Let an admitted sequence run: `computed` of its `known` tokens are in its blocks."""
-        assert 0 <= computed < known, "a token is left to compute, or none could be drawn"
-        del self._admitted[seq]
-        self._running[seq] = _Running(computed, known)
+        self._ledger.start(seq, computed=computed, known=known)
+
+    def computed(self, seq: int) -> int:
+        """Leading tokens of a running sequence whose keys and values are in its blocks."""
+        return self._ledger.running[seq].computed
 
     def pause(self, seq: int, *, is_paused: bool) -> None:
         """Leave a running sequence out of the batch, or take it in again."""
-        self._running[seq].is_paused = is_paused
+        self._ledger.running[seq].is_paused = is_paused
 
     def remove(self, seq: int) -> None:
         """Forget a sequence, wherever it is; without effect when it is not here."""
-        self._waiting.pop(seq, None)
-        self._admitted.pop(seq, None)
-        self._running.pop(seq, None)
+        self._ledger.remove(seq)
 
-    def plan(self) -> tuple[Chunk, ...]:
-        """What the next step computes: each sequence at most once, within the budget; empty when nothing can run."""
-        chunks = []
-        prefills = []
-        for seq, state in self._running.items():
-            if state.is_paused:
-                continue
-            if state.known - state.computed > 1:
-                prefills.append((seq, state))
-            else:
-                chunks.append(Chunk(seq=seq, start=state.computed, count=1, is_last=True))
-        budget = min(self.limits.max_tokens - len(chunks), self._prefill_budget(len(chunks)))
-        for seq, state in prefills:
-            if budget <= 0:
-                break
-            left = state.known - state.computed
-            count = min(left, budget)
-            chunks.append(Chunk(seq=seq, start=state.computed, count=count, is_last=count == left))
-            budget -= count
-        return tuple(chunks)
+    # -- preemption -----------------------------------------------------------------
 
-    def apply(self, plan: tuple[Chunk, ...], sampled: Collection[int], elapsed_s: float) -> None:
-        """Book a finished step: `sampled` sequences have one more known token; others that ended were removed."""
+    def preempt(self, now: float) -> tuple[int, ...]:
+        """Running sequences to swap out so that the one that `admit` found no room for can enter; mostly none.
+
+        The caller takes their blocks and calls `requeue`. Call it after `admit`.
+        """
+        if not self.waiting or self._steps_since_preemption < PREEMPTION_GAP_STEPS:
+            return ()
+        head = next(iter(self._discipline.line(self._ledger.line(), 1, now)))
+        if self.running < self.limits.max_running and head.seq != self._blocked:
+            return ()
+        candidates = [e for e in self._ledger.running.values() if e.preemptions < self.limits.preemptions_max]
+        loser = self._discipline.makes_way(head, candidates, now)
+        if loser is None:
+            return ()
+        self._steps_since_preemption = 0
+        return (loser.seq,)
+
+    def victim(self, spare: Collection[int] = ()) -> int | None:
+        """The running sequence to swap out when blocks run out: the lowest priority, then the latest arrival.
+
+        Who stands still goes first, and who was preempted often goes last. The oldest of the highest priority is never
+        chosen while there is another one, so that somebody always gets to the end. None when only `spare` ones run.
+        """
+        running = self._ledger.running
+        protected = max(running.values(), key=_importance, default=None)
+        candidates = [e for e in running.values() if e.seq not in spare]
+        others = [e for e in candidates if e is not protected] or candidates
+        return min(others, key=self._resistance).seq if others else None
+
+    def requeue(self, seq: int) -> None:
+        """Put a running sequence, whose blocks were taken, back in the line before the newcomers."""
+        self._ledger.requeue(seq)
+
+    # -- steps --------------------------------------------------------------------------
+
+    def plan(self, now: float, drafts: Mapping[int, int] = NONE) -> tuple[Chunk, ...]:
+        """What the next step computes: each sequence at most once; empty when nothing can run.
+
+        `drafts` says how many guesses are offered for sequences that decode; as many as fit are taken.
+        """
+        active = [entry for entry in self._ledger.running.values() if not entry.is_paused]
+        ready = [entry for entry in active if entry.is_prefilling]
+        decodes = [chunk_of(entry, 1) for entry in active if not entry.is_prefilling]
+        if drafts:
+            decodes = self._with_drafts(decodes, drafts, self.limits.chunk_min if ready else 0)
+        decoding = sum(chunk.tokens for chunk in decodes)
+        prefills = self._discipline.prefill(ready, decoding, now)
+        self._in_step = tuple(self._ledger.running[chunk.seq] for chunk in prefills)
+        return (*decodes, *prefills)
+
+    def wakes_at(self) -> float | None:
+        """When to plan again though nothing happens: a prefill is held back until then. None: nothing is."""
+        return self._discipline.wakes_at()
+
+    def interrupts_at(self) -> float | None:
+        """From when on the prefills of the plan made last shall stop at the next layer, for decoding's sake."""
+        return self._discipline.interrupts_at()
+
+    def should_interrupt(self, now: float) -> bool:
+        """Whether the prefills of the running step shall stop at the next layer: somebody more urgent is there.
+
+        To be asked when a sequence arrives or starts during a step; it stays false while nothing prefills.
+        """
+        if not self._in_step:
+            return False
+        waiting = self._ledger.line() if self.running < self.limits.max_running else ()
+        return self._discipline.outranks(waiting, self._ledger.running.values(), self._in_step, now)
+
+    def apply(
+        self,
+        plan: Sequence[Chunk],
+        drawn: Mapping[int, int],
+        elapsed_s: float,
+        *,
+        suspended: Mapping[int, int] = NONE,
+    ) -> None:
+        """Book a finished step, before those that failed, ended or were cancelled in it are removed.
+
+        `drawn` says how many tokens were drawn for a sequence, `suspended` with which layer a chunk goes on.
+        """
+        self._in_step = ()
+        self._steps_since_preemption += 1
+        work = 0.0
         for chunk in plan:
-            state = self._running.get(chunk.seq)
-            if state is None:
+            until = suspended.get(chunk.seq, chunk.last_layer)
+            work += chunk.tokens * chunk.share(self._n_layers, until=until)
+            entry = self._ledger.running.get(chunk.seq)
+            if entry is None:
                 continue
-            state.computed = chunk.start + chunk.count
-            if chunk.seq in sampled:
-                state.known += 1
-        tokens = sum(chunk.count for chunk in plan)
-        if tokens >= self.limits.chunk_min:  # smaller steps cost what reading the weights costs, not what tokens cost
-            per_token = elapsed_s / tokens
-            self._s_per_token = per_token if not self._s_per_token else 0.7 * self._s_per_token + 0.3 * per_token
+            if until is not None:
+                assert not chunk.draft, "a chunk with guesses runs through all layers"
+                entry.suspended = replace(chunk, first_layer=until, last_layer=None)
+                continue
+            draws = drawn.get(chunk.seq, 0)
+            assert draws <= chunk.draft + 1
+            entry.suspended = None
+            entry.known += draws
+            entry.drawn += draws
+            entry.computed = min(chunk.start + chunk.count + max(0, draws - 1), entry.known - 1)
+        self._pace.observe(work, elapsed_s)
 
     def check(self) -> None:
         """Assert the batcher's invariants."""
-        places = [*self._waiting, *self._admitted, *self._running]
-        assert len(places) == len(set(places)), "a sequence is in two places"
-        assert len(self._waiting) <= max(1, self.limits.queue_max)
+        self._ledger.check()
+        assert self._ledger.newcomers <= max(1, self.limits.queue_max)
         assert self.running <= self.limits.max_running
-        assert all(0 <= r.computed <= r.known for r in self._running.values())
 
-    def _prefill_budget(self, decoding: int) -> int:
-        if not self._s_per_token:
-            return max(self.limits.chunk_min, min(64, self.limits.max_tokens))
-        fits = int(self.limits.step_target_s / self._s_per_token) - decoding
-        return max(self.limits.chunk_min, fits)
+    # -- inside ------------------------------------------------------------------------------
+
+    def _with_drafts(self, decodes: list[Chunk], drafts: Mapping[int, int], reserved: int) -> list[Chunk]:
+        spare = self.limits.max_tokens - len(decodes) - reserved
+        drafted = []
+        for chunk in decodes:
+            draft = max(0, min(drafts.get(chunk.seq, 0), spare))
+            spare -= draft
+            drafted.append(replace(chunk, draft=draft) if draft else chunk)
+        return drafted
+
+    def _resistance(self, entry: Entry) -> tuple[bool, bool, int, int]:
+        is_spared = entry.preemptions >= self.limits.preemptions_max
+        return (is_spared, not entry.is_paused, *_importance(entry))
+
+
+def _importance(entry: Entry) -> tuple[int, int]:
+    return entry.demand.priority, -entry.order

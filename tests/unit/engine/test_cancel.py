@@ -11,7 +11,7 @@ import pytest
 from covey.engine.engine import Engine
 from covey.engine.fake import FakeRunner
 from covey.engine.limits import EngineLimits
-from covey.policy.batching import BatchLimits
+from covey.policy.batch_limits import BatchLimits
 from covey.testing import assert_eventually
 from covey.types.generate import Event, GenerateRequest, Handover, Progress, Role, Stage, Tokens
 from tests.support.engines import Shelf, assert_idle, collect, is_whole, plain, request_of, running_engine

@@ -13,7 +13,7 @@ from covey.engine.engine import Engine
 from covey.engine.fake import FakeRunner, FakeVocabulary
 from covey.engine.limits import EngineLimits
 from covey.model.plan import StepOutcome, StepPlan
-from covey.policy.batching import BatchLimits
+from covey.policy.batch_limits import BatchLimits
 from covey.testing import assert_eventually
 from covey.types.generate import (
     Accepted,

@@ -11,7 +11,7 @@ import pytest
 from covey.engine.limits import EngineLimits
 from covey.model.runner import TorchRunner, open_runner
 from covey.model.tokenizer import Tokenizer, open_tokenizer
-from covey.policy.batching import BatchLimits
+from covey.policy.batch_limits import BatchLimits
 from covey.types.generate import GenerateRequest, Handover, Resume, Role
 from tests.support.engines import Shelf, collect, is_whole, plain, request_of, running_engine
 from tests.support.tiny_llama import write_tiny_llama

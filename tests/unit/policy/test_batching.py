@@ -8,15 +8,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from covey.errors import Overloaded
-from covey.policy.batching import Batcher, BatchLimits
+from covey.policy.batch_limits import BatchLimits
+from covey.policy.batch_policies import make_batcher
+from covey.policy.batching import Batcher
+from covey.policy.ledger import Demand
 
 
-def batcher(**limits: int) -> Batcher:
-    return Batcher(BatchLimits(**({"max_tokens": 32, "max_running": 4, "queue_max": 4} | limits)))
+def batcher(*, max_tokens: int = 32, max_running: int = 4, queue_max: int = 4, chunk_min: int = 64) -> Batcher:
+    limits = BatchLimits(max_tokens=max_tokens, max_running=max_running, queue_max=queue_max, chunk_min=chunk_min)
+    return make_batcher(limits, n_layers=4)
 
 
 def admit_all(policy: Batcher) -> tuple[int, ...]:
-    return policy.admit(lambda _seq: True)
+    return policy.admit(lambda _seq: True, 0.0)
 
 
 def test_limits_that_would_starve_prefill_are_refused() -> None:
@@ -29,17 +33,17 @@ def test_limits_that_would_starve_prefill_are_refused() -> None:
 def test_admission_keeps_the_order_and_stops_at_the_first_without_room() -> None:
     policy = batcher()
     for seq in (1, 2, 3):
-        policy.submit(seq, 10)
-    assert policy.admit(lambda seq: seq != 2) == (1,)
-    assert policy.admit(lambda _seq: True) == (2, 3)
+        policy.submit(seq, Demand(tokens=10))
+    assert policy.admit(lambda seq: seq != 2, 0.0) == (1,)
+    assert policy.admit(lambda _seq: True, 0.0) == (2, 3)
 
 
 def test_a_full_queue_refuses_with_a_hint() -> None:
     policy = batcher(queue_max=2)
-    policy.submit(1, 10)
-    policy.submit(2, 10)
+    policy.submit(1, Demand(tokens=10))
+    policy.submit(2, Demand(tokens=10))
     with pytest.raises(Overloaded) as caught:
-        policy.submit(3, 10)
+        policy.submit(3, Demand(tokens=10))
     assert caught.value.retry_after_ms is not None
     assert caught.value.retry_after_ms > 0
 
@@ -47,56 +51,56 @@ def test_a_full_queue_refuses_with_a_hint() -> None:
 def test_decoding_goes_first_and_prefill_gets_the_rest_in_order() -> None:
     policy = batcher()
     for seq, (computed, known) in {1: (9, 10), 2: (0, 20), 3: (0, 30)}.items():
-        policy.submit(seq, known)
+        policy.submit(seq, Demand(tokens=known))
         admit_all(policy)
         policy.start(seq, computed=computed, known=known)
-    plan = policy.plan()
+    plan = policy.plan(0.0)
     assert [(c.seq, c.start, c.count, c.is_last) for c in plan] == [
         (1, 9, 1, True),
         (2, 0, 20, True),
         (3, 0, 11, False),
     ]
-    policy.apply(plan, {1, 2}, 0.01)
-    assert [(c.seq, c.start, c.count) for c in policy.plan()] == [(1, 10, 1), (2, 20, 1), (3, 11, 19)]
+    policy.apply(plan, {1: 1, 2: 1}, 0.01)
+    assert [(c.seq, c.start, c.count) for c in policy.plan(0.0)] == [(1, 10, 1), (2, 20, 1), (3, 11, 19)]
 
 
 def test_paused_sequences_are_left_out() -> None:
     policy = batcher()
-    policy.submit(1, 5)
+    policy.submit(1, Demand(tokens=5))
     admit_all(policy)
     policy.start(1, computed=0, known=5)
     policy.pause(1, is_paused=True)
-    assert policy.plan() == ()
+    assert policy.plan(0.0) == ()
     policy.pause(1, is_paused=False)
-    assert policy.plan()[0].count == 5
+    assert policy.plan(0.0)[0].count == 5
 
 
 def test_chunks_shrink_to_the_target_of_a_slow_machine() -> None:
-    policy = Batcher(BatchLimits(max_tokens=512, max_running=8, step_target_s=0.1, chunk_min=16))
-    policy.submit(1, 5000)
+    policy = make_batcher(BatchLimits(max_tokens=512, max_running=8, step_target_s=0.1, chunk_min=16), n_layers=4)
+    policy.submit(1, Demand(tokens=5000))
     admit_all(policy)
     policy.start(1, computed=0, known=5000)
     for _ in range(20):
-        plan = policy.plan()
-        policy.apply(plan, (), sum(c.count for c in plan) / 400)  # 400 tokens a second
-    assert 35 <= policy.plan()[0].count <= 45
+        plan = policy.plan(0.0)
+        policy.apply(plan, {}, sum(c.count for c in plan) / 400)  # 400 tokens a second
+    assert 35 <= policy.plan(0.0)[0].count <= 45
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(5, 40), st.integers(1, 4))
 def test_everybody_finishes_within_the_work_there_is(lengths: list[int], max_tokens: int, max_running: int) -> None:
     policy = batcher(max_tokens=max_tokens, max_running=max_running, queue_max=99, chunk_min=1)
     for seq, length in enumerate(lengths):
-        policy.submit(seq, length)
+        policy.submit(seq, Demand(tokens=length))
     outputs = dict.fromkeys(range(len(lengths)), 0)
     steps = 0
     while policy.waiting or policy.running:
         for seq in admit_all(policy):
             policy.start(seq, computed=0, known=lengths[seq])
-        plan = policy.plan()
+        plan = policy.plan(0.0)
         assert plan
         assert sum(chunk.count for chunk in plan) <= max_tokens
         sampled = {chunk.seq for chunk in plan if chunk.is_last}
-        policy.apply(plan, sampled, 0.0)
+        policy.apply(plan, dict.fromkeys(sampled, 1), 0.0)
         for seq in sampled:
             outputs[seq] += 1
             if outputs[seq] == 3:
@@ -122,7 +126,7 @@ class BatchMachine(RuleBasedStateMachine):
     def submit(self, length: int) -> None:
         self.count += 1
         try:
-            self.policy.submit(self.count, length)
+            self.policy.submit(self.count, Demand(tokens=length))
         except Overloaded:
             assert self.policy.waiting >= 6
         else:
@@ -131,7 +135,7 @@ class BatchMachine(RuleBasedStateMachine):
     @rule(limit=st.integers(0, 3))
     def admit(self, limit: int) -> None:
         left = iter(range(limit))
-        self.admitted |= set(self.policy.admit(lambda _seq: next(left, None) is not None))
+        self.admitted |= set(self.policy.admit(lambda _seq: next(left, None) is not None, 0.0))
 
     @precondition(lambda self: self.admitted)
     @rule(share=st.floats(0, 0.99))
@@ -152,7 +156,7 @@ class BatchMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0, 1))
     def step(self, seconds: float) -> None:
-        plan = self.policy.plan()
+        plan = self.policy.plan(0.0)
         assert len({chunk.seq for chunk in plan}) == len(plan)
         assert sum(chunk.count for chunk in plan) <= self.policy.limits.max_tokens
         assert bool(plan) == bool(self.computed)
@@ -162,7 +166,7 @@ class BatchMachine(RuleBasedStateMachine):
             self.computed[chunk.seq] += chunk.count
             assert chunk.is_last == (self.computed[chunk.seq] == self.known[chunk.seq])
             self.known[chunk.seq] += chunk.is_last
-        self.policy.apply(plan, {chunk.seq for chunk in plan if chunk.is_last}, seconds)
+        self.policy.apply(plan, {chunk.seq: 1 for chunk in plan if chunk.is_last}, seconds)
 
     @invariant()
     def holds(self) -> None:
