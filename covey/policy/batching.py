@@ -10,26 +10,28 @@ from covey.errors import Overloaded
 
 from .batch_limits import BatchLimits
 from .chunk import Chunk
-from .discipline import Discipline, chunk_of
+from .cutting import Cutting, chunk_of
 from .ledger import Demand, Entry, Ledger
+from .order import Order
 from .pace import Pace
 
 NONE: Mapping[int, int] = MappingProxyType({})
 PREEMPTION_GAP_STEPS = 4
-"""Steps from one preemption that a discipline asks for to the next (FastSwitch: priorities change every k steps)."""
+"""Steps from one preemption that an order asks for to the next (FastSwitch: priorities change every k steps)."""
 
 
 class Batcher:
-    """A ledger of sequences, and a discipline that orders and cuts.
+    """A ledger of sequences, an order that ranks them, and a cutting that fills steps with them.
 
     A sequence is submitted, admitted when the caller finds room for it, started once its blocks are there (loading them
     may take a while), then planned at every step until it is removed, or preempted, which puts it back in the line
     before all newcomers. Decoding sequences go first with one token each, then their drafts, then prefills.
     """
 
-    def __init__(self, limits: BatchLimits, discipline: Discipline, pace: Pace, *, n_layers: int) -> None:
+    def __init__(self, limits: BatchLimits, order: Order, cutting: Cutting, pace: Pace, *, n_layers: int) -> None:
         self.limits = limits
-        self._discipline = discipline
+        self._order = order
+        self._cutting = cutting
         self._pace = pace
         self._n_layers = n_layers
         self._ledger = Ledger()
@@ -64,14 +66,14 @@ class Batcher:
         """Put a sequence in the line. Raises Overloaded when the line is full."""
         if self._ledger.newcomers >= max(1, self.limits.queue_max):
             raise Overloaded("the worker's queue is full", retry_after_ms=self.retry_after_ms())
-        self._discipline.arrived(self._ledger.submit(seq, demand))
+        self._ledger.submit(seq, demand)
 
     def admit(self, find_room: Callable[[int], bool], now: float) -> tuple[int, ...]:
-        """Admit waiting sequences in the discipline's order for as long as `find_room` gives them their blocks."""
+        """Admit waiting sequences in the policy's order for as long as `find_room` gives them their blocks."""
         admitted: list[int] = []
         self._blocked = None
         room = max(0, self.limits.max_running - self.running)
-        for entry in tuple(self._discipline.line(self._ledger.line(), room, now)) if room and self.waiting else ():
+        for entry in tuple(self._order.line(self._ledger.line(), room, now)) if room and self.waiting else ():
             if not find_room(entry.seq):
                 self._blocked = entry.seq
                 break
@@ -104,11 +106,11 @@ class Batcher:
         """
         if not self.waiting or self._steps_since_preemption < PREEMPTION_GAP_STEPS:
             return ()
-        head = next(iter(self._discipline.line(self._ledger.line(), 1, now)))
+        head = next(iter(self._order.line(self._ledger.line(), 1, now)))
         if self.running < self.limits.max_running and head.seq != self._blocked:
             return ()
         candidates = [e for e in self._ledger.running.values() if e.preemptions < self.limits.preemptions_max]
-        loser = self._discipline.makes_way(head, candidates, now)
+        loser = self._order.makes_way(head, candidates, now)
         if loser is None:
             return ()
         self._steps_since_preemption = 0
@@ -143,17 +145,17 @@ class Batcher:
         if drafts:
             decodes = self._with_drafts(decodes, drafts, self.limits.chunk_min if ready else 0)
         decoding = sum(chunk.tokens for chunk in decodes)
-        prefills = self._discipline.prefill(ready, decoding, now)
+        prefills = self._cutting.prefill(ready, decoding, now)
         self._in_step = tuple(self._ledger.running[chunk.seq] for chunk in prefills)
         return (*decodes, *prefills)
 
     def wakes_at(self) -> float | None:
         """When to plan again though nothing happens: a prefill is held back until then. None: nothing is."""
-        return self._discipline.wakes_at()
+        return self._cutting.wakes_at
 
     def interrupts_at(self) -> float | None:
         """From when on the prefills of the plan made last shall stop at the next layer, for decoding's sake."""
-        return self._discipline.interrupts_at()
+        return self._cutting.interrupts_at if self._in_step else None
 
     def should_interrupt(self, now: float) -> bool:
         """Whether the prefills of the running step shall stop at the next layer: somebody more urgent is there.
@@ -162,8 +164,10 @@ class Batcher:
         """
         if not self._in_step:
             return False
-        waiting = self._ledger.line() if self.running < self.limits.max_running else ()
-        return self._discipline.outranks(waiting, self._ledger.running.values(), self._in_step, now)
+        others = [e for e in self._ledger.running.values() if e.is_prefilling and not e.is_paused]
+        if self.running < self.limits.max_running:
+            others += (entry for entry in self._ledger.line() if entry.seq != self._blocked)
+        return self._order.outranks(others, self._in_step, now)
 
     def apply(
         self,

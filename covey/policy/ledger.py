@@ -90,13 +90,12 @@ class Ledger:
         """Waiting sequences: the preempted ones, then the newcomers, each in order of arrival."""
         return chain(sorted(self._returning.values(), key=lambda entry: entry.order), self._newcomers.values())
 
-    def submit(self, seq: int, demand: Demand) -> Entry:
+    def submit(self, seq: int, demand: Demand) -> None:
         """Put a new sequence at the end of the line."""
         assert all(seq not in place for place in self._places()), f"sequence {seq} is here already"
         self._count += 1
         self._ahead += demand.tokens
-        entry = self._newcomers[seq] = Entry(seq=seq, demand=demand, order=self._count, known=demand.tokens)
-        return entry
+        self._newcomers[seq] = Entry(seq=seq, demand=demand, order=self._count, known=demand.tokens)
 
     def admit(self, seq: int) -> None:
         """Move a waiting sequence to those that hold blocks."""
