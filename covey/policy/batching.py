@@ -37,7 +37,7 @@ class Batcher:
         self._ledger = Ledger()
         self._blocked: int | None = None
         self._in_step: tuple[Entry, ...] = ()
-        self._steps_since_preemption = 0
+        self._steps_since_preemption = PREEMPTION_GAP_STEPS
 
     # -- what it holds ------------------------------------------------------------
 
