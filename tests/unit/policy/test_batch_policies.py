@@ -231,12 +231,12 @@ def test_everybody_finishes_whatever_is_interrupted_and_swapped(
             policy.remove(seq)
             runner.forget(seq)
         chosen = (*policy.preempt(now), *([policy.victim()] if swaps and dice.random() < unrest else []))
-        for seq in dict.fromkeys(chosen):
-            if seq is not None:
+        for loser in dict.fromkeys(chosen):
+            if loser is not None:
                 swaps -= 1
-                policy.requeue(seq)
-                runner.computed.pop(seq)
-                runner.stopped.pop(seq, None)
+                policy.requeue(loser)
+                runner.computed.pop(loser)
+                runner.stopped.pop(loser, None)
         policy.check()
         if not runner.known:
             break

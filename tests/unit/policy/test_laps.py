@@ -114,7 +114,8 @@ def test_short_ones_enter_first_until_a_long_one_has_waited_long_enough() -> Non
 @given(st.lists(st.tuples(st.floats(0, 0.5), st.integers(2, 50)), min_size=1, max_size=30))
 def test_nobody_short_waits_longer_than_the_window(arrivals: list[tuple[float, int]]) -> None:
     policy = make()
-    now, came = 0.0, {}
+    now = 0.0
+    came: dict[int, float] = {}
     for seq, (gap_s, tokens) in enumerate(arrivals):
         until = now + gap_s
         while (wakes_at := policy.wakes_at()) is not None and wakes_at <= until:
