@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from covey.policy.batching import Batcher
 from covey.policy.blocks import BlockPool
+from covey.policy.chunk import Chunk
 from covey.types.generate import EngineLoad
 
 
@@ -23,10 +25,23 @@ class Board:
     """Hand-overs whose blocks the store did not take."""
     demoted_blocks: int = 0
     lost_demotions: int = 0
+    drafted_tokens: int = 0
+    """Guesses of speculative decoding."""
+    accepted_tokens: int = 0
+    """Guesses that held."""
+    preemptions: int = 0
+    """Sequences whose blocks were taken for others."""
+    swapped_out: int = 0
+    """Of those, the ones whose blocks the store took."""
 
     def is_stalled(self, now: float, stall_s: float) -> bool:
         """Whether a turn, and the step in it, takes so long that it must be stuck."""
         return self.busy_since is not None and now - self.busy_since > stall_s
+
+    def count(self, chunks: Iterable[Chunk], suspended: Container[int]) -> None:
+        """Count a step; chunks that stopped between two layers count when they are through."""
+        self.steps += 1
+        self.computed_tokens += sum(chunk.tokens for chunk in chunks if chunk.seq not in suspended)
 
     def show_load(self, batcher: Batcher, pool: BlockPool, *, is_draining: bool) -> None:
         """Write how busy the engine is."""

@@ -9,10 +9,11 @@ from covey.types.ids import LeaseId, WorkerId
 from .sequence import Sequence
 
 
-def finished(seq: Sequence, now: float, lease: LeaseId | None = None) -> Finished:
-    """The good end of a sequence whose tokens are a whole answer."""
-    is_stop = seq.text.is_stopped or seq.met_eos
-    reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+def finished(seq: Sequence, now: float, lease: LeaseId | None = None) -> Finished | Failed:
+    """The end of a sequence whose tokens are a whole answer, or that cannot go on."""
+    if seq.failure is not None:
+        return failed(seq.failure)
+    reason = FinishReason.STOP if seq.is_stop else FinishReason.LENGTH
     return Finished(reason=reason, usage=seq.usage(), timings=seq.timings(now), lease=lease)
 
 

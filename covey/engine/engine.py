@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 
-from covey.actor import ActorStopped, Ref, supervise
+from covey.actor import Ref, supervise
 from covey.clock import Clock
 from covey.errors import CoveyError, Overloaded
+from covey.model.grammar import CompiledGrammar
 from covey.model.plan import Runner
 from covey.policy.blocks import CacheKey
 from covey.types.generate import (
@@ -30,6 +31,7 @@ from covey.types.store import BlockStore
 from .actor import EngineActor, OnBlocks
 from .board import Board
 from .endings import failed, refused
+from .grammars import Grammars
 from .limits import EngineLimits
 from .messages import Abort, Adopt, Cancel, Drain, Export, ListKeys, Message, Retain, Submit, Wake
 from .outbox import Outbox, is_terminal
@@ -52,6 +54,7 @@ class Engine:
         limits: EngineLimits,
         clock: Clock,
         check: Callable[[], None],
+        grammars: Grammars,
     ) -> None:
         self._ref = ref
         self.check = check
@@ -59,6 +62,7 @@ class Engine:
         self._info = info
         self._limits = limits
         self._clock = clock
+        self._grammars = grammars
         self._open: dict[RequestId, Outbox] = {}
         self.board = board
 
@@ -76,23 +80,25 @@ class Engine:
         Something comes at least every `progress_s`, unless a step is stuck: then silence tells the watchdog.
         """
         outbox = Outbox(self._limits.outbox_tokens)
-        submit = Submit(request=request, outbox=outbox)
-        try:
-            self._ref.offer(submit)
-        except ActorStopped as error:
-            yield failed(error)
-            return
-        except Overloaded as error:
-            yield refused(error)
-            return
         self._open[request.request_id] = outbox
         try:
+            grammar: CompiledGrammar | None = None
+            if request.grammar:
+                compiling = self._grammars.start(request.grammar, timeout_s=request.deadline_s)
+                while (grammar := await compiling.wait(self._limits.progress_s)) is None:
+                    yield outbox.progress
+            submit = Submit(request=request, outbox=outbox, grammar=grammar)
+            self._ref.offer(submit)
             while True:
                 event = await self._next(submit)
                 if event is not None:
                     yield event
                     if is_terminal(event):
                         return
+        except Overloaded as error:
+            yield refused(error)
+        except CoveyError as error:
+            yield failed(error)
         finally:
             outbox.is_unwanted = True
             self._ref.signal(Abort(outbox=outbox))
@@ -173,10 +179,13 @@ async def open_engine(
         on_blocks=on_blocks,
         model=model or runner.info.model,
     )
-    async with supervise(grace_s=grace_s) as supervisor:
+    grammars = Grammars(vocabulary, runner.info, clock)
+    async with AsyncExitStack() as stack:
+        stack.callback(grammars.close)
+        supervisor = await stack.enter_async_context(supervise(grace_s=grace_s))
         capacity = limits.batch.queue_max + limits.batch.max_running
         ref = supervisor.start(lambda: actor, name=f"engine {worker}", capacity=capacity)
-        yield Engine(ref, actor.board, _info(actor, runner, role, worker), limits, clock, actor.check)
+        yield Engine(ref, actor.board, _info(actor, runner, role, worker), limits, clock, actor.check, grammars)
 
 
 def _info(actor: EngineActor, runner: Runner, role: Role, worker: WorkerId) -> EngineInfo:

@@ -16,7 +16,12 @@ class Holdings:
         self._block_size = block_size
 
     def find_room(self, seq: Sequence) -> bool:
-        """Hold the cached prefix and reserve the rest; False, and nothing held, when there is no room."""
+        """Hold the cached prefix and reserve the rest; False, and nothing held, when there is no room.
+
+        A sequence whose blocks are still being swapped out has no room yet.
+        """
+        if seq.transfer is not None:
+            return False
         matched = self._pool.match(seq.chain.keys[: self.reusable(seq)])
         needed = seq.blocks_needed - len(matched)
         try:
@@ -27,19 +32,30 @@ class Holdings:
         seq.blocks = list(matched)
         seq.promised = needed
         seq.named = len(matched)
-        seq.computed = seq.cached_tokens = len(matched) * self._block_size
+        seq.computed = len(matched) * self._block_size
+        if not seq.preemptions:
+            seq.cached_tokens = seq.computed
         return True
 
     def reusable(self, seq: Sequence) -> int:
         """Full blocks that need not be computed: at least one token must be, to draw the next from."""
         return (len(seq.tokens) - 1) // self._block_size
 
-    def cover(self, seq: Sequence, tokens: int) -> None:
-        """Take promised blocks until the sequence's blocks hold `tokens` tokens."""
+    def cover(self, seq: Sequence, tokens: int) -> bool:
+        """Take blocks, promised ones first, until they hold `tokens` tokens; False, and none taken, without room."""
         missing = -(-tokens // self._block_size) - len(seq.blocks)
-        if missing > 0:
-            seq.blocks += self._pool.take(missing)
-            seq.promised -= missing
+        if missing <= 0:
+            return True
+        beyond = missing - seq.promised
+        if beyond > 0:
+            try:
+                self._pool.reserve(beyond)
+            except NoSpace:
+                return False
+            seq.promised += beyond
+        seq.blocks += self._pool.take(missing)
+        seq.promised -= missing
+        return True
 
     def book(self, seq: Sequence) -> None:
         """Enter blocks that became full into the prefix cache."""

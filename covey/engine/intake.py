@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from covey.errors import ContextLengthExceeded, InvalidArgument, Unimplemented
+from covey.errors import ContextLengthExceeded, InvalidArgument
+from covey.model.grammar import CompiledGrammar
 from covey.model.plan import RunnerInfo
 from covey.types.generate import GenerateRequest, Role
 
@@ -30,8 +31,10 @@ class Intake:
         """Tokens of the longest sequence: what the model allows, or what the pool holds."""
         return min(self._info.context_limit, self._info.n_blocks * self._info.block_size)
 
-    def accept(self, request: GenerateRequest, outbox: Outbox, now: float) -> Sequence:
-        """Build the sequence of a request. Raises InvalidArgument, ContextLengthExceeded or Unimplemented."""
+    def accept(
+        self, request: GenerateRequest, outbox: Outbox, now: float, grammar: CompiledGrammar | None = None
+    ) -> Sequence:
+        """Build the sequence of a request with its grammar. Raises InvalidArgument or ContextLengthExceeded."""
         self._validate(request)
         emitted, text_offset = _emitted(request)
         tokens = [*request.token_ids, *emitted]
@@ -56,6 +59,7 @@ class Intake:
             submitted_at=now,
             eos_ids=self._info.eos_ids,
             handed_over=request.ticket.covered if request.ticket is not None else 0,
+            grammar=grammar.start(emitted) if grammar is not None else None,
         )
 
     def _validate(self, request: GenerateRequest) -> None:
@@ -76,8 +80,6 @@ class Intake:
             raise InvalidArgument("a bias must be a finite number", field="sampling.logit_bias")
         if request.sampling.max_tokens < 1:
             raise InvalidArgument("must be at least 1", field="sampling.max_tokens")
-        if request.grammar:
-            raise Unimplemented("constrained output is not supported by this worker", field="grammar")
         if self._role is Role.PREFILL and request.ticket is not None:
             raise InvalidArgument("a prefill worker takes no ticket", field="ticket")
         _validate_emitted(request, self.context_limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from covey.policy.batch_limits import BatchLimits
+from covey.policy.speculation import SpeculationLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,6 +13,9 @@ class EngineLimits:
     """Bounds of everything that an engine holds or waits for."""
 
     batch: BatchLimits = field(default_factory=BatchLimits)
+    speculation: SpeculationLimits = field(default_factory=SpeculationLimits)
+    first_token_s: float = 2.0
+    """When the first token of a request is due, for policies that order by it."""
     outbox_tokens: int = 1024
     """Tokens that wait for a slow reader before its request is paused."""
     reader_stall_s: float = 30.0

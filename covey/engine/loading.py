@@ -37,15 +37,19 @@ class Loader:
         seq.show(Stage.LOOKUP)
         first, size = len(seq.blocks), self._block_size
         stretches, end, tail_len = self._wanted(seq)
-        self._holdings.cover(seq, end * size + tail_len)
+        has_room = self._holdings.cover(seq, end * size + tail_len)
+        assert has_room, "known tokens are promised at admission"
         fetched = await self._transfers.fetch(
             seq.request.tenant, stretches, seq.blocks[first:], skip=first, owner=f"{self._worker}/{seq.id}"
         )
         good = first + fetched.blocks
-        seq.lookup_s, seq.transfer_s, seq.blocks_moved = fetched.lookup_s, fetched.transfer_s, fetched.blocks
+        seq.lookup_s += fetched.lookup_s
+        seq.transfer_s += fetched.transfer_s
+        seq.blocks_moved += fetched.blocks
         seq.stored = min(good, end)
         seq.computed = end * size + tail_len if good > end else good * size
-        seq.loaded_tokens = seq.computed - seq.cached_tokens
+        if not seq.preemptions:
+            seq.loaded_tokens = seq.computed - seq.cached_tokens
         await failpoint.hit_async(self._failpoint)
 
     def _wanted(self, seq: Sequence) -> tuple[list[Stretch], int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from covey.actor import Ask
+from covey.model.grammar import CompiledGrammar
 from covey.policy.blocks import CacheKey
 from covey.types.generate import (
     AdoptReply,
@@ -25,6 +26,8 @@ class Submit(Ask[None]):
 
     request: GenerateRequest
     outbox: Outbox
+    grammar: CompiledGrammar | None = None
+    """The request's, compiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from covey.clock import Clock
-from covey.errors import CoveyError, FailedPrecondition, NotFound, Overloaded
-from covey.policy.blocks import BlockPool, CacheKey
+from covey.errors import CoveyError, FailedPrecondition, Overloaded
+from covey.policy.blocks import BlockPool, CacheKey, Pin
 from covey.types.generate import AdoptReply, HandoverTicket, TailBlock
 from covey.types.ids import LeaseId, RequestId, WorkerId
 from covey.types.kv import BlockKey
@@ -22,6 +22,18 @@ from .transfer import Spawn, Tail, Transfers
 
 TICKETS_MAX = 1024
 """Hand-overs whose leases are kept at once; past it the oldest go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Snapshot:
+    """What there is of a sequence at one moment; its full blocks do not change any more, the last one is a copy."""
+
+    seq: Sequence
+    stretches: tuple[Stretch, ...]
+    blocks: tuple[int, ...]
+    tail: Tail | None
+    data: memoryview | None
+    ticket: HandoverTicket
 
 
 class Migration:
@@ -38,35 +50,51 @@ class Migration:
         self._leases: dict[RequestId, tuple[float, list[Held]]] = {}
         self._adopted: set[LeaseId] = set()
 
+    @property
+    def has_store(self) -> bool:
+        """Whether there is anywhere to move blocks to."""
+        return self._transfers is not None
+
     async def stash(self, seq: Sequence, block_size: int) -> HandoverTicket:
-        """Store what is computed of a sequence and describe it. Its blocks must stay held meanwhile.
+        """Store what is computed of a sequence that no step runs, and describe it. Its blocks must stay held meanwhile.
 
         Raises what the store raises; then no lease is left. Raises FailedPrecondition without a store.
         """
+        return await self._store(self._snapshot(seq, block_size))
+
+    def _snapshot(self, seq: Sequence, block_size: int) -> _Snapshot:
         transfers = self._required()
         covered, full = seq.computed, seq.computed // block_size
-        bare = self.bare_ticket(seq)
-        tenant, owner = seq.request.tenant, f"{self._worker}/{seq.id}"
-        stretches, blocks = tuple(seq.chain.stretches(0, full)), seq.blocks[:full]
         tail = tail_of(seq, covered, block_size)
-        data = transfers.copy(seq.blocks[full]) if tail is not None else None
-        ttl_s = self._limits.handover_ttl_s
-        leases = await transfers.put(tenant, stretches, blocks, owner=owner, ttl_s=ttl_s)
-        if tail is not None and data is not None:
-            try:
-                leases.append(await transfers.put_tail(tail, data, owner=owner, ttl_s=ttl_s))
-            except BaseException:
-                await transfers.release(leases)
-                raise
-        seq.blocks_moved += max(0, full - seq.stored) + (tail is not None)
-        seq.stored = full
-        await self._keep(seq.request.request_id, leases)
-        return replace(
-            bare,
+        ticket = replace(
+            self.bare_ticket(seq),
             hashes=tuple(key[1] for key in seq.chain.keys[:full]),
             tail=None if tail is None else TailBlock(key=tail.key.hash, length=covered - full * block_size),
             covered=covered,
         )
+        return _Snapshot(
+            seq=seq,
+            stretches=tuple(seq.chain.stretches(0, full)),
+            blocks=tuple(seq.blocks[:full]),
+            tail=tail,
+            data=transfers.copy(seq.blocks[full]) if tail is not None else None,
+            ticket=ticket,
+        )
+
+    async def _store(self, taken: _Snapshot) -> HandoverTicket:
+        transfers, seq, tail = self._required(), taken.seq, taken.tail
+        owner, ttl_s = f"{self._worker}/{seq.id}", self._limits.handover_ttl_s
+        leases = await transfers.put(seq.request.tenant, taken.stretches, taken.blocks, owner=owner, ttl_s=ttl_s)
+        if tail is not None and taken.data is not None:
+            try:
+                leases.append(await transfers.put_tail(tail, taken.data, owner=owner, ttl_s=ttl_s))
+            except BaseException:
+                await transfers.release(leases)
+                raise
+        seq.blocks_moved += max(0, len(taken.blocks) - seq.stored) + (tail is not None)
+        seq.stored = len(taken.blocks)
+        await self._keep(seq.request.request_id, leases)
+        return taken.ticket
 
     def bare_ticket(self, seq: Sequence) -> HandoverTicket:
         """A ticket without blocks: whoever continues computes them again."""
@@ -97,14 +125,19 @@ class Migration:
         if leases:
             spawn(self._required().release, leases)
 
-    async def export(self, ask: Export, seq: Sequence, block_size: int) -> None:
-        """Answer with a ticket for a running request, which runs on."""
-        if seq.is_over:
-            ask.reply.fail(NotFound("the request has ended", field="request_id"))
-            return
-        pin = self._pool.pin(seq.blocks[: seq.computed // block_size], expires_at=float("inf"))
+    def export(self, ask: Export, seq: Sequence, block_size: int, spawn: Spawn) -> None:
+        """Answer with a ticket for a request that runs on; between two steps, because the last block is copied."""
         try:
-            ask.reply.set(await self.stash(seq, block_size))
+            taken = self._snapshot(seq, block_size)
+        except CoveyError as error:
+            ask.reply.fail(error)
+            return
+        pin = self._pool.pin(taken.blocks, expires_at=float("inf"))
+        spawn(self._export, ask, taken, pin)
+
+    async def _export(self, ask: Export, taken: _Snapshot, pin: Pin) -> None:
+        try:
+            ask.reply.set(await self._store(taken))
         except CoveyError as error:
             ask.reply.fail(error)
         finally:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from anyio import CancelScope
 
+from covey.errors import CoveyError
+from covey.model.grammar import GrammarState
 from covey.model.plan import Draw, SampleSpec
 from covey.types.generate import GenerateRequest, Stage, Timings, TokenLogprob, Tokens, TopLogprob, Usage
 
@@ -33,6 +36,10 @@ class Sequence:
     eos_ids: tuple[int, ...]
     handed_over: int = 0
     """Tokens whose blocks a ticket names: 0 without one."""
+    grammar: GrammarState | None = None
+    """Where the answer is in its grammar, if it has one."""
+    failure: CoveyError | None = None
+    """Why the answer cannot go on."""
 
     blocks: list[int] = field(default_factory=list)
     promised: int = 0
@@ -45,8 +52,13 @@ class Sequence:
     """Leading tokens whose keys and values are in the blocks."""
     transfer: CancelScope | None = None
     """The task that loads or stores this sequence's blocks; they stay held until it ends."""
+    is_running: bool = False
+    """Whether the batcher may plan it; not while it waits, loads, is handed over or swapped out."""
+    is_suspended: bool = False
+    """Whether the runner keeps something of it between two layers."""
     is_over: bool = False
     paused_at: float | None = None
+    preemptions: int = 0
 
     admitted_at: float = 0.0
     started_at: float = 0.0
@@ -70,7 +82,18 @@ class Sequence:
     @property
     def has_ended(self) -> bool:
         """Whether the tokens so far already are a whole answer."""
-        return self.text.is_stopped or len(self.tokens) >= self.tokens_max or self.met_eos
+        is_cut = len(self.tokens) >= self.tokens_max or self.failure is not None
+        return self.text.is_stopped or is_cut or self.met_eos or self._is_complete
+
+    @property
+    def is_stop(self) -> bool:
+        """Whether the answer ended by itself, not by its length."""
+        is_complete = self.grammar is not None and self.grammar.must_end()
+        return self.text.is_stopped or self.met_eos or is_complete
+
+    @property
+    def _is_complete(self) -> bool:
+        return self.grammar is not None and self.grammar.is_over
 
     @property
     def met_eos(self) -> bool:
@@ -96,23 +119,54 @@ class Sequence:
             history=tuple(self.tokens) if _has_penalty(self.request) else (),
             prompt_len=self.prompt_len,
             banned=self.eos_ids if self.generated < sampling.min_tokens else (),
+            mask=self.grammar.mask() if self.grammar is not None else None,
         )
 
-    def push(self, drawn: Draw, vocabulary: Vocabulary) -> Tokens:
-        """Add a generated token and return the event that says so."""
-        self.tokens.append(drawn.token)
-        self.text.push(drawn.token)
+    @property
+    def guess_room(self) -> int:
+        """How many guesses may follow the last token: what they yield must count like as many single steps."""
+        if self.grammar is not None:
+            return 0  # a guess would need the masks after it
+        room = self.tokens_max - len(self.tokens) - 1
+        if self.generated < self.request.sampling.min_tokens:
+            room = min(room, self.request.sampling.min_tokens - self.generated - 1)
+        return max(0, room)
+
+    def push(self, draws: Items[Draw], vocabulary: Vocabulary) -> Tokens:
+        """Add generated tokens, up to the one that ends the answer, and return the event that says so."""
+        offset = self.generated
+        ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        for drawn in draws:
+            if not self._follow(drawn.token):
+                break
+            self.tokens.append(drawn.token)
+            self.text.push(drawn.token)
+            ids.append(drawn.token)
+            logprobs += _logprobs(drawn, vocabulary)
+            if self.has_ended:
+                break
         if self.has_ended and not self.text.is_stopped:
             self.text.finish()
         text, text_offset = self.text.take()
         return Tokens(
             attempt=self.request.attempt,
-            offset=self.generated - 1,
-            ids=(drawn.token,),
+            offset=offset,
+            ids=tuple(ids),
             text=text,
             text_offset=text_offset,
-            logprobs=_logprobs(drawn, vocabulary),
+            logprobs=tuple(logprobs),
         )
+
+    def _follow(self, token: int) -> bool:
+        """Move on in the grammar; False when the token has no place in it."""
+        if self.grammar is not None:
+            try:
+                self.grammar.advance(token)
+            except CoveyError as error:
+                self.failure = error
+                return False
+        return True
 
     def usage(self) -> Usage:
         """Counts so far; tokens of earlier workers included."""

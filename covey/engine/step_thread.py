@@ -8,9 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
-
 T = TypeVar("T")
 
 
@@ -26,12 +23,9 @@ class StepThread:
             max_workers=1, thread_name_prefix="step", initializer=os.nice, initargs=(niceness,)
         )
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Run and wait, also when cancelled: nobody may free what the function works on."""
-        with anyio.CancelScope(shield=True):
-            result = await asyncio.wrap_future(self._executor.submit(function))
-        await checkpoint_if_cancelled()
-        return result
+    def start(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Run a function; the future belongs to the running event loop."""
+        return asyncio.wrap_future(self._executor.submit(function))
 
     def close(self) -> None:
         """Let the thread end; what runs is not waited for."""

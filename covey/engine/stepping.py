@@ -16,7 +16,6 @@ from covey.clock import Clock
 from covey.model.plan import Row, Runner, StepOutcome, StepPlan
 from covey.policy.chunk import Chunk
 
-from .board import Board
 from .sequence import Sequence
 from .step_thread import StepThread
 
@@ -46,7 +45,7 @@ class StepInterrupt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class Done:
     """What a step brought, and how long it took in seconds."""
 
     outcome: StepOutcome
@@ -60,27 +59,27 @@ class RunningStep:
     chunks: tuple[Chunk, ...]
     seqs: frozenset[int]
     interrupt: StepInterrupt
-    future: asyncio.Future[Finished]
+    future: asyncio.Future[Done]
+    ended: anyio.Event
 
     @property
     def is_done(self) -> bool:
         """Whether `result` returns at once."""
         return self.future.done()
 
-    async def result(self) -> Finished:
+    async def result(self) -> Done:
         """Wait for the end of the step, also when cancelled. Raises what the runner raised."""
         with anyio.CancelScope(shield=True):
-            finished = await self.future
+            done = await self.future
         await checkpoint_if_cancelled()
-        return finished
+        return done
 
 
 class Stepper:
     """Turns chunks into rows and runs them."""
 
-    def __init__(self, runner: Runner, board: Board, clock: Clock, *, niceness: int) -> None:
+    def __init__(self, runner: Runner, clock: Clock, *, niceness: int) -> None:
         self._runner = runner
-        self._board = board
         self._clock = clock
         self._thread = StepThread(niceness)
 
@@ -93,13 +92,16 @@ class Stepper:
         """Start computing chunks, whose blocks must be there; `on_end` is called in the event loop."""
         plan = StepPlan(rows=tuple(_row(seq, chunk, guesses.get(seq.id, ())) for seq, chunk in work))
         interrupt = StepInterrupt()
+        ended = anyio.Event()
         future = self._thread.start(partial(self._run, plan, interrupt))
+        future.add_done_callback(lambda _: ended.set())
         future.add_done_callback(lambda _: on_end())
         return RunningStep(
             chunks=tuple(chunk for _, chunk in work),
             seqs=frozenset(seq.id for seq, _ in work),
             interrupt=interrupt,
             future=future,
+            ended=ended,
         )
 
     def drop(self, seq: int) -> None:
@@ -110,13 +112,11 @@ class Stepper:
         """No more steps."""
         self._thread.close()
 
-    def _run(self, plan: StepPlan, interrupt: StepInterrupt) -> Finished:
+    def _run(self, plan: StepPlan, interrupt: StepInterrupt) -> Done:
         began = self._clock.now()
         failpoint.hit("engine.step")
         outcome = self._runner.step(plan, interrupt)
-        self._board.steps += 1
-        self._board.computed_tokens += sum(len(row.tokens) for row in plan.rows)
-        return Finished(outcome=outcome, elapsed_s=self._clock.now() - began)
+        return Done(outcome=outcome, elapsed_s=self._clock.now() - began)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -68,6 +68,10 @@ def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
         "bare_handovers": board.bare_handovers,
         "demoted_blocks": board.demoted_blocks,
         "lost_demotions": board.lost_demotions,
+        "drafted_tokens": board.drafted_tokens,
+        "accepted_tokens": board.accepted_tokens,
+        "preemptions": board.preemptions,
+        "swapped_out": board.swapped_out,
     }
     return {(name,): float(value) for name, value in (asdict(engine.load()) | counts).items()}
 

@@ -95,7 +95,7 @@ class _Followed:
     lookup: Lookup
     rate: _Rate
     matched: int = 0
-    drafted: int = 0
+    """The length of the match that its last guesses came from."""
 
 
 class Speculation:
@@ -128,23 +128,21 @@ class Speculation:
             count, gain = self._length(held, len(guess), tokens, expected)
             if count:
                 guesses[candidate.seq] = guess[:count]
-                followed.matched, followed.drafted = size, count
+                followed.matched = size
                 tokens, expected = tokens + count, expected + gain
         return guesses
 
-    def apply(self, accepted: Mapping[int, int], *, tokens: int, elapsed_s: float) -> None:
-        """Book a step of `tokens` tokens: how many guesses held of each sequence that drew."""
+    def apply(self, drafts: Mapping[int, tuple[int, int]], *, tokens: int, elapsed_s: float) -> None:
+        """Book a step of `tokens` tokens: for each sequence with guesses, how many were tried and how many held."""
         self._times.note(tokens, elapsed_s)
-        for seq, followed in self._followed.items():
-            if followed.drafted and seq in accepted:
-                held = accepted[seq]
-                assert 0 <= held <= followed.drafted
-                tried = min(held + 1, followed.drafted)
-                followed.rate.note(held, tried)
-                self._rates[followed.matched].note(held, tried)
-                self.drafted += followed.drafted
-                self.accepted += held
-            followed.drafted = 0
+        for seq, (tried, held) in drafts.items():
+            assert 0 <= held <= tried
+            self.drafted += tried
+            self.accepted += held
+            if (followed := self._followed.get(seq)) is not None:
+                looked_at = min(held + 1, tried)
+                followed.rate.note(held, looked_at)
+                self._rates[followed.matched].note(held, looked_at)
 
     def forget(self, seq: int) -> None:
         """Drop what is known of a sequence; without effect when nothing is."""
@@ -154,7 +152,6 @@ class Speculation:
         """Assert the invariants."""
         assert 0 <= self.accepted <= self.drafted
         for followed in self._followed.values():
-            assert 0 <= followed.drafted <= self.limits.guess_max
             assert 0 <= followed.rate.held <= followed.rate.tried + 1e-9
         self._times.check()
 

@@ -12,7 +12,7 @@ from covey import failpoint
 from covey.engine.engine import Engine
 from covey.engine.fake import FakeRunner, FakeVocabulary
 from covey.engine.limits import EngineLimits
-from covey.model.plan import StepOutcome, StepPlan
+from covey.model.plan import Interrupt, StepOutcome, StepPlan
 from covey.policy.batch_limits import BatchLimits
 from covey.testing import assert_eventually
 from covey.types.generate import (
@@ -356,12 +356,37 @@ async def test_leaving_lets_running_requests_end() -> None:
 
 
 class BrokenRunner(FakeRunner):
-    """Fails at its third step, as torch out of memory does."""
+    """Fails at its third step, with an error or for want of memory."""
 
-    def step(self, plan: StepPlan) -> StepOutcome:
-        if self.steps == 2:
-            raise RuntimeError("broken")
-        return super().step(plan)
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error: BaseException | None = error
+
+    def step(self, plan: StepPlan, interrupt: Interrupt | None = None) -> StepOutcome:
+        if self.steps == 2 and self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return super().step(plan, interrupt)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")]
+)
+async def test_a_step_without_memory_fails_its_requests_and_the_engine_lives_on(error: BaseException) -> None:
+    answers = []
+    async with running_engine(BrokenRunner(error)) as engine, anyio.create_task_group() as tg:
+
+        async def ask(index: int) -> None:
+            answers.append(await collect(engine, request_of(range(1, 20 + index), request_id=str(index))))
+
+        for index in range(3):
+            tg.start_soon(ask, index)
+        await assert_eventually(lambda: len(answers) == 3)
+        assert {(answer.last.code, answer.last.retryable) for answer in answers} == {("NO_SPACE", True)}
+        await assert_idle(engine)
+        await ask(4)
+        assert len(answers[-1].ids) == 12
+        assert is_whole(answers[-1])
 
 
 async def test_a_crash_of_the_runner_fails_the_streams_and_leaves_as_an_error() -> None:
@@ -371,7 +396,7 @@ async def test_a_crash_of_the_runner_fails_the_streams_and_leaves_as_an_error() 
         answers.append(await collect(engine, request_of(PROMPT, max_tokens=30)))
 
     with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="broken"), flatten_subgroups=True):
-        async with anyio.create_task_group() as tg, running_engine(BrokenRunner()) as engine:
+        async with anyio.create_task_group() as tg, running_engine(BrokenRunner(RuntimeError("broken"))) as engine:
             tg.start_soon(ask, engine)
             await anyio.sleep_forever()
     assert answers[0].last.code == "UNAVAILABLE"

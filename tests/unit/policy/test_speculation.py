@@ -49,7 +49,7 @@ def test_guesses_keep_their_bounds_whatever_the_times(
         candidates = [Candidate(seq=i, tokens=texts[i], room=room) for i in range(seq)]
         guesses = speculation.plan(candidates, tokens=seq, draws=seq)
         assert all(0 < len(guess) <= min(room, LIMITS.guess_max) for guess in guesses.values())
-        held = {i: int(share * len(guesses.get(i, ()))) for i in range(seq)}
+        held = {i: (len(guess), int(share * len(guess))) for i, guess in guesses.items()}
         speculation.apply(held, tokens=seq + sum(map(len, guesses.values())), elapsed_s=elapsed_s)
         speculation.check()
         speculation.forget(seq - 1)
@@ -67,9 +67,8 @@ def run(
         candidates = [Candidate(seq=i, tokens=text, room=8) for i, text in enumerate(texts)]
         guesses = speculation.plan(candidates, tokens=rows, draws=rows)
         held = {}
-        for seq in range(rows):
-            guess = guesses.get(seq, ())
-            held[seq] = next((i for i in range(len(guess)) if rng.random() >= holds), len(guess))
+        for seq, guess in guesses.items():
+            held[seq] = len(guess), next((i for i in range(len(guess)) if rng.random() >= holds), len(guess))
         guessed += bool(guesses)
         tokens = rows + sum(map(len, guesses.values()))
         speculation.apply(held, tokens=tokens, elapsed_s=step_s(tokens))
