@@ -37,11 +37,11 @@ class DrawSettings:
 
 
 @triton.jit
-def _masked_logits(logits, mask, use_mask, token, vocab):
+def _masked_logits(logits, mask, mask_row, token, vocab):
     """Logits of a stretch; -inf outside the vocabulary and the mask. NaN stays NaN."""
     inside = token < vocab
     x = tl.load(logits + token, mask=inside, other=float("-inf")).to(tl.float32)
-    word = tl.load(mask + token // 32, mask=inside & use_mask, other=-1)
+    word = tl.where(mask_row >= 0, tl.load(mask + token // 32, mask=inside, other=0), -1)
     allowed = ((word >> (token % 32)) & 1) == 1
     return tl.where(allowed & inside, x, float("-inf"))
 
@@ -54,12 +54,12 @@ def _ordered(x):
 
 
 @triton.jit
-def _mass(logits, mask, use_mask, vocab, least, top, inverse, by_count, block: tl.constexpr):
+def _mass(logits, mask, mask_row, vocab, least, top, inverse, by_count, block: tl.constexpr):
     """How many logits are at or above `least` (as ordered integers), or their summed unnormalised probability."""
     found = tl.zeros((block,), tl.float32)
     for at in range(0, vocab, block):
         token = at + tl.arange(0, block)
-        x = _masked_logits(logits, mask, use_mask, token, vocab)
+        x = _masked_logits(logits, mask, mask_row, token, vocab)
         kept = (_ordered(x) >= least) & (x > float("-inf"))
         probability = tl.exp((tl.where(kept, x, top) - top) * inverse)
         found += tl.where(kept, tl.where(by_count, 1.0, probability), 0.0)
@@ -67,26 +67,26 @@ def _mass(logits, mask, use_mask, vocab, least, top, inverse, by_count, block: t
 
 
 @triton.jit
-def _threshold(logits, mask, use_mask, vocab, low, high, wanted, top, inverse, by_count, block: tl.constexpr):
+def _threshold(logits, mask, mask_row, vocab, low, high, wanted, top, inverse, by_count, block: tl.constexpr):
     """The highest threshold from `low` to `high` whose mass is at least `wanted`; `low` always has it."""
     low, high = low.to(tl.int64), high.to(tl.int64)
     for _ in range(0, 32):
         middle = (low + high + 1) >> 1
-        enough = _mass(logits, mask, use_mask, vocab, middle, top, inverse, by_count, block) >= wanted
+        enough = _mass(logits, mask, mask_row, vocab, middle, top, inverse, by_count, block) >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
     return low
 
 
 @triton.jit
-def _best(logits, mask, use_mask, vocab, block: tl.constexpr):
+def _best(logits, mask, mask_row, vocab, block: tl.constexpr):
     """The highest logit, the first token that has it, and whether there is a NaN."""
     top = tl.full((1,), float("-inf"), tl.float32)
     best = tl.zeros((1,), tl.int32)
     is_broken = tl.zeros((1,), tl.int32)
     for at in range(0, vocab, block):
         token = at + tl.arange(0, block)
-        x = _masked_logits(logits, mask, use_mask, token, vocab)
+        x = _masked_logits(logits, mask, mask_row, token, vocab)
         is_nan = x != x
         is_broken = tl.maximum(is_broken, tl.max(is_nan.to(tl.int32), axis=0))
         x = tl.where(is_nan, float("-inf"), x)
@@ -98,20 +98,20 @@ def _best(logits, mask, use_mask, vocab, block: tl.constexpr):
 
 
 @triton.jit
-def _pick(logits, mask, use_mask, vocab, least, top, inverse, uniform, block: tl.constexpr):
+def _pick(logits, mask, mask_row, vocab, least, top, inverse, uniform, block: tl.constexpr):
     """The token, in ascending order, at which the kept probabilities pass `uniform` times their sum."""
-    goal = uniform * _mass(logits, mask, use_mask, vocab, least, top, inverse, False, block)
+    goal = uniform * _mass(logits, mask, mask_row, vocab, least, top, inverse, False, block)
     running = tl.zeros((1,), tl.float32)
     found = tl.full((1,), 1 << 30, tl.int32)
     last = tl.zeros((1,), tl.int32)
     for at in range(0, vocab, block):
         token = at + tl.arange(0, block)
-        x = _masked_logits(logits, mask, use_mask, token, vocab)
+        x = _masked_logits(logits, mask, mask_row, token, vocab)
         kept = (_ordered(x) >= least) & (x > float("-inf"))
         probability = tl.where(kept, tl.exp((tl.where(kept, x, top) - top) * inverse), 0.0)
         passed = kept & (running + tl.cumsum(probability, axis=0) > goal)
         found = tl.minimum(found, tl.min(tl.where(passed, token, 1 << 30), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(kept, token, 0), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(probability > 0.0, token, 0), axis=0))
         running += tl.sum(probability, axis=0)
     # Rounding can leave the goal a hair above the last sum.
     return tl.where(found == 1 << 30, last, found)
@@ -136,9 +136,8 @@ def _draw_kernel(
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     mask_row = tl.load(mask_rows + row)
-    use_mask = mask_row >= 0
     mask = masks + tl.maximum(mask_row, 0).to(tl.int64) * mask_stride
-    top, token, is_broken = _best(logits, mask, use_mask, vocab, block)
+    top, token, is_broken = _best(logits, mask, mask_row, vocab, block)
     is_fine = (is_broken == 0) & (tl.abs(top) < float("inf"))
     temperature = tl.load(temperatures + row)
     if (temperature > 0.0) & (tl.min(is_fine.to(tl.int32), axis=0) == 1):
@@ -147,18 +146,18 @@ def _draw_kernel(
         least = tl.full((1,), -0x80000000, tl.int64)
         top_k = tl.load(top_ks + row)
         if (top_k > 0) & (top_k < vocab):
-            least = _threshold(logits, mask, use_mask, vocab, least, highest, top_k, top, inverse, True, block)
+            least = _threshold(logits, mask, mask_row, vocab, least, highest, top_k, top, inverse, True, block)
         top_p = tl.load(top_ps + row)
         min_p = tl.load(min_ps + row)
         floor = least
         if min_p > 0.0:
             floor = tl.maximum(least, _ordered(top + tl.log(min_p) * temperature).to(tl.int64))
         if top_p < 1.0:
-            whole = _mass(logits, mask, use_mask, vocab, least, top, inverse, False, block)
+            whole = _mass(logits, mask, mask_row, vocab, least, top, inverse, False, block)
             wanted = top_p * whole
-            least = _threshold(logits, mask, use_mask, vocab, least, highest, wanted, top, inverse, False, block)
+            least = _threshold(logits, mask, mask_row, vocab, least, highest, wanted, top, inverse, False, block)
         least = tl.minimum(tl.maximum(least, floor), highest.to(tl.int64))
-        token = _pick(logits, mask, use_mask, vocab, least, top, inverse, tl.load(uniforms + row), block)
+        token = _pick(logits, mask, mask_row, vocab, least, top, inverse, tl.load(uniforms + row), block)
     tl.store(out + row + tl.zeros((1,), tl.int32), tl.where(is_fine, token, -1).to(tl.int64))
 
 
