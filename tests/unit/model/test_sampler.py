@@ -110,3 +110,72 @@ def test_sampled_rows_do_not_depend_on_the_batch(tiny: TorchRunner) -> None:
     together = {s.seq: s.draws[0].token for s in tiny.step(StepPlan(rows=tuple(rows))).sampled}
     alone = {r.seq: tiny.step(StepPlan(rows=(r,))).sampled[0].draws[0].token for r in rows}
     assert together == alone
+
+
+class Mask:
+    """A mask that is there already."""
+
+    def __init__(self, tokens: list[int], vocab: int) -> None:
+        bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+        bits[tokens] = 1
+        self._words = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def words(self) -> np.ndarray:
+        return self._words
+
+
+@pytest.mark.parametrize("allowed", [1, 3, 900, 1900])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_is_obeyed_however_much_it_allows(allowed: int, temperature: float) -> None:
+    rng = np.random.default_rng(allowed)
+    logits = rng.standard_normal(2000).astype(np.float32)
+    tokens = sorted(rng.choice(2000, allowed, replace=False).tolist())
+    spec = SampleSpec(temperature=temperature, mask=Mask(tokens, 2000))
+    seen = {draw(logits, dataclasses.replace(spec, position=i)).token for i in range(50)}
+    assert seen <= set(tokens)
+    if not temperature:
+        assert seen == {max(tokens, key=lambda token: logits[token])}
+
+
+@pytest.mark.parametrize("vocab", [20, 2000])
+def test_bans_give_way_to_a_mask_that_leaves_nothing_else(vocab: int) -> None:
+    logits = np.linspace(0, 1, vocab, dtype=np.float32)
+    assert draw(logits, SampleSpec(mask=Mask([1, 2], vocab), banned=(2,))).token == 1
+    assert draw(logits, SampleSpec(mask=Mask([2], vocab), banned=(2,))).token == 2
+    most = list(range(vocab // 2))
+    assert draw(logits, SampleSpec(mask=Mask(most, vocab), banned=tuple(most))).token == most[-1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_p": 0.8},
+        {"top_p": 0.3, "min_p": 0.01},
+        {"min_p": 0.2},
+        {"top_k": 40},
+        {"top_k": 9000},
+    ],
+)
+def test_a_large_vocabulary_is_drawn_from_like_a_small_one(settings: dict[str, float]) -> None:
+    """The quick ways of many values against the definition, in double precision."""
+    rng = np.random.default_rng(5)
+    for position in range(60):
+        logits = (rng.standard_normal(9000) * 3).astype(np.float32)
+        spec = SampleSpec(**{"temperature": 1.0, "position": position, **settings})  # type: ignore[arg-type]
+        assert draw(logits, spec).token == _by_definition(logits, spec)
+
+
+def _by_definition(logits: np.ndarray, spec: SampleSpec) -> int:
+    chances = softmax(logits, spec.temperature)
+    order = np.argsort(-logits, kind="stable")
+    if spec.top_k:
+        chances[order[spec.top_k :]] = 0.0
+        chances /= chances.sum()
+    if spec.top_p < 1.0:
+        reach = np.cumsum(chances[order])
+        chances[order[int(np.searchsorted(reach, spec.top_p)) + 1 :]] = 0.0
+    chances[chances < spec.min_p * chances.max()] = 0.0
+    cumulative = np.cumsum(chances)
+    return int(np.searchsorted(cumulative, uniform(spec.seed, spec.position) * cumulative[-1], side="right"))
