@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from covey.engine.fake import FakeRunner
 from covey.errors import InvalidArgument
 from covey.model.plan import Draw, Row, Runner, SampleSpec, StepPlan
+from covey.model.runner import open_runner
+from tests.support.tiny_llama import write_tiny_llama
 
 LAYERS = 4
 PROMPT = tuple((7 * i * i + 3 * i) % 250 + 1 for i in range(45))
@@ -52,16 +55,17 @@ class Allowed:
         return self._words.view(np.int32)
 
 
-def _fake(_: pytest.FixtureRequest) -> Runner:
-    return FakeRunner(layers=LAYERS)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", n_layers=LAYERS)
 
 
-MAKERS: dict[str, Callable[[pytest.FixtureRequest], Runner]] = {"fake": _fake}
-
-
-@pytest.fixture(params=MAKERS)
-def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    made = MAKERS[request.param](request)
+@pytest.fixture(params=["fake", "torch"])
+def runner(request: pytest.FixtureRequest, folder: Path) -> Iterator[Runner]:
+    if request.param == "fake":
+        made: Runner = FakeRunner(layers=LAYERS)
+    else:
+        made = open_runner(str(folder), cache_dir=folder.parent / "cache", n_blocks=64, block_size=8)
     yield made
     made.close()
 
