@@ -1,21 +1,25 @@
-"""The blocks that sequences hold: all are promised at admission, so a running sequence never lacks one."""
+"""The blocks that sequences hold, and those that they were promised."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from covey.errors import NoSpace
 from covey.policy.blocks import BlockPool
 
+from .promises import Promises
 from .sequence import Sequence
 
 
 class Holdings:
     """Moves blocks between a pool and the sequences of one engine."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, promises: Promises, block_size: int) -> None:
         self._pool = pool
+        self._promises = promises
         self._block_size = block_size
 
-    def find_room(self, seq: Sequence) -> bool:
+    def find_room(self, seq: Sequence, live: Iterable[Sequence]) -> bool:
         """Hold the cached prefix and reserve the rest; False, and nothing held, when there is no room.
 
         A sequence whose blocks are still being swapped out has no room yet.
@@ -23,7 +27,10 @@ class Holdings:
         if seq.transfer is not None:
             return False
         matched = self._pool.match(seq.chain.keys[: self.reusable(seq)])
-        needed = seq.blocks_needed - len(matched)
+        needed = self._promises.promise(seq, matched, (other for other in live if other.blocks))
+        if needed is None:
+            self._pool.release(matched)
+            return False
         try:
             self._pool.reserve(needed)
         except NoSpace:

@@ -28,6 +28,7 @@ from .holdings import Holdings
 from .limits import EngineLimits
 from .loading import Loader
 from .migration import Migration
+from .promises import make_promises
 from .register import Register
 from .retention import Retention
 from .sequence import Sequence
@@ -73,7 +74,8 @@ class Lifecycle:
         """The step under way."""
         self.background: Background
         """Where transfers run; set before anything else is called."""
-        self._holdings = Holdings(self.pool, info.block_size)
+        self._promises = make_promises(limits.admission, self.pool, info.block_size)
+        self._holdings = Holdings(self.pool, self._promises, info.block_size)
         self._stepper = Stepper(runner, clock, niceness=limits.niceness)
         self._loader = Loader(transfers, self._holdings, block_size=info.block_size, role=role, worker=worker)
         self._leaving: list[Sequence] = []
@@ -112,7 +114,7 @@ class Lifecycle:
 
     def admit(self, now: float) -> None:
         """Give waiting sequences their blocks, for as long as there are some."""
-        for seq_id in self.batcher.admit(lambda seq_id: self._holdings.find_room(self._seq(seq_id)), now):
+        for seq_id in self.batcher.admit(self._find_room, now):
             seq = self._seq(seq_id)
             seq.admitted_at = seq.admitted_at or now
             if self._loader.can_load(seq):
@@ -126,6 +128,9 @@ class Lifecycle:
         elif not self._swapping:
             for seq_id in self.batcher.preempt(now):
                 self._preempt(self._seq(seq_id))
+
+    def _find_room(self, seq_id: int) -> bool:
+        return self._holdings.find_room(self._seq(seq_id), self.live.all())
 
     def _start(self, seq: Sequence) -> None:
         seq.started_at = seq.started_at or self._clock.now()
@@ -168,7 +173,7 @@ class Lifecycle:
                 self._end(seq, failed(Internal(reason)))
         for chunk in step.chunks:
             if (seq := self.live.get(chunk.seq)) is not None:
-                seq.is_suspended = chunk.seq in suspended
+                seq.is_suspended = chunk.seq in suspended or chunk.last_layer is not None
                 self._advance(seq, chunk, draws.get(seq.id, ()), now)
 
     def fail_step(self, step: RunningStep) -> None:
@@ -293,6 +298,7 @@ class Lifecycle:
         now = self._clock.now()
         grace_s = self._limits.grace_s if self._role is Role.DECODE else 0.0
         lease = self.retention.keep(seq, now=now, grace_s=grace_s)
+        self._promises.ended(seq)
         self._end(seq, finished(seq, now, lease))
 
     def cancel(self, seq: Sequence | None) -> None:

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from covey.policy.batch_limits import BatchLimits
 from covey.policy.speculation import SpeculationLimits
 
+from .promises import Admission
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
     """Bounds of everything that an engine holds or waits for."""
 
     batch: BatchLimits = field(default_factory=BatchLimits)
+    admission: Admission = "reserve"
+    """What a request is promised when it enters: its worst case, or what outputs of late came to."""
     speculation: SpeculationLimits = field(default_factory=SpeculationLimits)
     first_token_s: float = 2.0
     """When the first token of a request is due, for policies that order by it."""

@@ -152,7 +152,7 @@ async def test_logprobs_carry_the_exact_bytes() -> None:
         ({"token_ids": (1,) * 256}, "CONTEXT_LENGTH_EXCEEDED", "token_ids"),
         ({"token_ids": (1, 999)}, "INVALID_ARGUMENT", "token_ids"),
         ({"model": "other"}, "INVALID_ARGUMENT", "model"),
-        ({"grammar": "{}"}, "UNIMPLEMENTED", "grammar"),
+        ({"grammar": "{}"}, "INVALID_ARGUMENT", "grammar"),
         ({"scopes": ()}, "INVALID_ARGUMENT", "scopes"),
         ({"resume": Resume(emitted=(1,) * 240)}, "CONTEXT_LENGTH_EXCEEDED", "resume.emitted"),
     ],
