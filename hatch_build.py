@@ -1,10 +1,11 @@
-"""Generate `covey/wire` from `proto/` whenever a wheel, an sdist or an editable install is built."""
+"""Generate `covey/wire` from `proto/`, and compile the native kernels, whenever covey is built or installed."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,13 @@ class GenerateWire(BuildHookInterface[Any]):
         subprocess.run(command, cwd=root, check=True)
         for package in (wire, wire / "v1"):
             (package / "__init__.py").touch()
+        if self.target_name == "wheel" and self._compile_kernels(root):
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+    @staticmethod
+    def _compile_kernels(root: Path) -> bool:
+        """Whether there is a compiler and a processor for them; without, covey computes with torch."""
+        script = root / "covey" / "model" / "native" / "compile.py"
+        done = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True)
+        return bool(done.stdout.strip())

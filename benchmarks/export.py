@@ -16,7 +16,7 @@ from covey.errors import Unavailable
 from covey.model import gguf_tokenizer
 from covey.model.config import ModelConfig
 from covey.model.source import ModelSource
-from covey.model.weights import LayerWeights, Weights, map_weights, prepare
+from covey.model.weights import LayerWeights, Weights, map_weights, prepare, separate
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -56,24 +56,24 @@ def tensors(weights: Weights, config: ModelConfig) -> dict[str, torch.Tensor]:
     """The checkpoint under Hugging Face's names and in its rotary order; a tied head is left out."""
     named = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.final_norm}
     if not config.tied:
-        named["lm_head.weight"] = weights.lm_head
+        named["lm_head.weight"] = weights.head.rows()
     for i, layer in enumerate(weights.layers):
         named.update({f"model.layers.{i}.{name}": tensor for name, tensor in _layer(layer, config).items()})
     return {name: tensor.contiguous() for name, tensor in named.items()}
 
 
 def _layer(layer: LayerWeights, config: ModelConfig) -> dict[str, torch.Tensor]:
-    gate, up = layer.gate_up.chunk(2)
+    gate, up = separate(layer.gate_up.rows(), config.intermediate, dim=0)
     named = {
         "input_layernorm.weight": layer.attn_norm,
-        "self_attn.o_proj.weight": layer.o,
+        "self_attn.o_proj.weight": layer.o.rows(),
         "post_attention_layernorm.weight": layer.mlp_norm,
         "mlp.gate_proj.weight": gate,
         "mlp.up_proj.weight": up,
-        "mlp.down_proj.weight": layer.down,
+        "mlp.down_proj.weight": layer.down.rows(),
     }
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    for suffix, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
+    for suffix, fused in (("weight", layer.qkv.rows()), ("bias", layer.qkv_bias)):
         if fused is not None:
             q, k, v = fused[:q_rows], fused[q_rows : q_rows + kv_rows], fused[q_rows + kv_rows :]
             named[f"self_attn.q_proj.{suffix}"] = _halves(q, config.n_heads)

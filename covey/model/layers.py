@@ -1,103 +1,75 @@
-"""The plain pieces of a decoder layer, and the scratch memory that a step reuses."""
+"""The layers of a decoder in torch: the reference of the native kernels, and what runs where those are not built."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch.nn import functional
 
-from .config import ModelConfig, RopeScaling
-
-_NARROW_ROWS = 4
-"""Up to so many rows the transposed product is the faster one (measured, 2 cores, AVX-512)."""
-
-_NARROW_ROWS_OF_TALL, _TALL_ROWS = 8, 16384
-"""The same for a matrix as tall as a vocabulary."""
-
-
-class Scratch:
-    """Named buffers that grow to the largest step seen and are then reused, so that a step allocates nothing large."""
-
-    def __init__(self) -> None:
-        self._flat: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """A contiguous fp32 buffer of `shape`; its content is whatever the last user left."""
-        count = math.prod(shape)
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < count:
-            flat = self._flat[name] = torch.empty(count)
-        return flat[:count].view(shape)
+from .batch import Batch
+from .config import ModelConfig
+from .matrix import product
+from .pool import KvPool
+from .rotary import rotate
+from .weights import LayerWeights, Weights, separate
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Fill `out` [row, out] with `x` [row, in] times the transpose of `weight` [out, in]."""
-    if _is_narrow(x.shape[0], weight):
-        out.copy_(_transposed_product(x, weight))
-    else:
-        torch.mm(x, weight.t(), out=out)
+class TorchLayers:
+    """`decoder.Layers` in plain torch operations; correct first, and fast enough for what it is."""
 
+    name = "torch"
 
-def add_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Add the same product to `hidden` in place."""
-    if _is_narrow(x.shape[0], weight):
-        hidden.add_(_transposed_product(x, weight))
-    else:
-        hidden.addmm_(x, weight.t())
+    def __init__(self, config: ModelConfig, weights: Weights, pool: KvPool) -> None:
+        self._config = config
+        self._weights = weights
+        self._pool = pool
 
+    def forward(self, hidden: torch.Tensor, phases: torch.Tensor, batch: Batch, first: int, last: int) -> None:
+        """See `decoder.Layers.forward`."""
+        for index in range(first, last):
+            layer = self._weights.layers[index]
+            qkv = self._project(hidden, layer, phases)
+            hidden += product(self._attend(qkv, batch, index), layer.o)
+            gate_up = product(self._norm(hidden, layer.mlp_norm), layer.gate_up)
+            gate, up = separate(gate_up, self._config.intermediate, dim=1)
+            hidden += product(functional.silu(gate) * up, layer.down)
 
-def _is_narrow(rows: int, weight: torch.Tensor) -> bool:
-    return rows <= (_NARROW_ROWS if weight.shape[0] < _TALL_ROWS else _NARROW_ROWS_OF_TALL)
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `decoder.Layers.head`."""
+        return product(self._norm(hidden, self._weights.final_norm), self._weights.head)
 
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, weight.shape, weight, self._config.rms_eps)
 
-def _transposed_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    # MKL streams the weights up to twice as fast with few rows on the right, but not with a single one. The second row
-    # is a real copy: torch takes a slow path of its own for a broadcast operand.
-    rows = x.shape[0]
-    right = x if rows > 1 else x.repeat(2, 1)
-    return torch.mm(weight, right.t()).t()[:rows]
+    def _project(self, hidden: torch.Tensor, layer: LayerWeights, phases: torch.Tensor) -> torch.Tensor:
+        config = self._config
+        qkv = product(self._norm(hidden, layer.attn_norm), layer.qkv)
+        if layer.qkv_bias is not None:
+            qkv = qkv + layer.qkv_bias
+        heads = qkv.reshape(hidden.shape[0], -1, config.head_dim)
+        q, k, v = torch.split(heads, [config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        return torch.cat([rotate(q, phases), rotate(k, phases), v], dim=1)
 
+    def _attend(self, qkv: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        config, size = self._config, self._pool.geometry.block_size
+        q, k, v = torch.split(qkv, [config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
+        positions = torch.from_numpy(batch.positions).long()
+        tables = torch.from_numpy(batch.tables).long()
+        table_first = torch.from_numpy(batch.table_first).long()[torch.from_numpy(batch.row_of).long()]
+        self._pool.write(layer, tables[table_first + positions // size], positions % size, k, v)
+        out = torch.empty_like(q)
+        for index in range(len(batch.rows)):
+            span = batch.span(index)
+            keys, values = self._pool.read(layer, torch.from_numpy(batch.table(index)).long())
+            out[span] = self._attend_row(q[span], keys, values, int(batch.start[index]))
+        return out.flatten(1)
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square normalisation over the last dimension."""
-    return functional.rms_norm(x, weight.shape, weight, eps)
-
-
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU of a fused [rows, 2 * width] product: silu(gate) * up."""
-    gate, up = gate_up.chunk(2, dim=1)
-    return functional.silu(gate).mul_(up)
-
-
-def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Rotary frequencies in radians a position; in fp32 throughout, as the reference computes them."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    plain = 1.0 / (config.rope_theta**exponents)
-    if config.rope_scaling is None:
-        return plain
-    if config.rope_scaling.kind == "linear":
-        return plain / config.rope_scaling.factor
-    return _llama3_frequencies(plain, config.rope_scaling)
-
-
-def _llama3_frequencies(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    wavelengths = 2 * math.pi / plain
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = (scaling.original_context / wavelengths - low) / (high - low)
-    blended = (1 - smooth) * plain / scaling.factor + smooth * plain
-    stretched = torch.where(wavelengths > scaling.original_context / low, plain / scaling.factor, plain)
-    middle = (wavelengths <= scaling.original_context / low) & (wavelengths >= scaling.original_context / high)
-    return torch.where(middle, blended, stretched)
-
-
-def rotary_phases(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Unit complex numbers [row, 1, head_dim / 2] that turn a head at each position."""
-    angles = torch.outer(positions, frequencies)
-    return torch.complex(angles.cos(), angles.sin()).unsqueeze(1)
-
-
-def rotate(heads: torch.Tensor, phases: torch.Tensor) -> None:
-    """Turn [row, head, head_dim] in place; a head's rotary pairs are adjacent."""
-    rows, count, width = heads.shape
-    torch.view_as_complex(heads.view(rows, count, width // 2, 2)).mul_(phases)
+    @staticmethod
+    def _attend_row(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
+        end = start + q.shape[0]
+        visible = torch.ones(q.shape[0], end, dtype=torch.bool).tril_(start)
+        found = functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys[None, :, :end], values[None, :, :end], attn_mask=visible, enable_gqa=True
+        )
+        return found[0].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""The CPU runner: a model, its block pool and one step over a ragged batch."""
+"""The runner on a CPU: a model, its block pool and one step over a ragged batch."""
 
 from __future__ import annotations
 
@@ -6,35 +6,49 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from covey.errors import InvalidArgument
 
-from .batch import Batch, build_batch, row_error
+from .batch import fresh_block, row_error
 from .config import ModelConfig
-from .decoder import Decoder
-from .plan import Draw, Row, RunnerInfo, Sampled, StepOutcome, StepPlan
-from .pool import Geometry, KvPool
-from .sampler import draw
+from .decoder import Decoder, Layers, Pass
+from .layers import TorchLayers
+from .matrix import Precision
+from .native.layers import NativeLayers, supports
+from .native.library import Library, find_library
+from .plan import Interrupt, Row, RunnerInfo, StepOutcome, StepPlan
+from .pool import Geometry, KvDtype, KvPool
+from .sampling import sample
 from .share import CoreShare
 from .source import ModelSource, resolve
 from .tokenizer import open_tokenizer
 from .weights import LAYOUT_VERSION, Weights, map_weights, prepare
 
+SCORE_CHUNK = 256
+"""Tokens of a text that `score` runs at once."""
+
 
 class TorchRunner:
-    """`plan.Runner` on torch and a CPU."""
+    """`plan.Runner` on a CPU."""
 
     def __init__(
-        self, info: RunnerInfo, config: ModelConfig, weights: Weights, pool: KvPool, share: CoreShare | None
+        self, info: RunnerInfo, config: ModelConfig, pool: KvPool, decoder: Decoder, share: CoreShare | None
     ) -> None:
         self.info = info
         self._config = config
         self._share = share
         self._pool: KvPool | None = pool
-        self._decoder: Decoder | None = Decoder(config, weights, pool)
+        self._decoder: Decoder | None = decoder
 
-    def step(self, plan: StepPlan) -> StepOutcome:
+    @property
+    def kernels(self) -> str:
+        """What computes: a build of the native kernels, or torch."""
+        return self._open()[1].layers.name
+
+    def step(self, plan: StepPlan, interrupt: Interrupt | None = None) -> StepOutcome:
         """See `plan.Runner.step`. Raises InvalidArgument when a sequence has two rows, or after `close`."""
         pool, decoder = self._open()
         good, failed = self._check(plan.rows, pool)
@@ -44,14 +58,38 @@ class TorchRunner:
             self._share.begin(torch.set_num_threads)
         try:
             with torch.inference_mode():
-                batch = build_batch(good, pool)
-                for block in batch.fresh_blocks:
-                    pool.clear(block)
-                sampled, broken = _sample(decoder.forward(batch), batch)
+                for row in good:
+                    if not row.first_layer and (block := fresh_block(row, self.info.block_size)) is not None:
+                        pool.clear(block)
+                found = decoder.run(good, interrupt)
+                sampled, broken = sample(found.batch, *_finite(found), decoder.layers.head)
         finally:
             if self._share is not None:
                 self._share.end()
-        return StepOutcome(sampled=tuple(sampled), failed=(*failed, *broken))
+        return StepOutcome(
+            sampled=tuple(sampled), failed=(*failed, *found.failed, *broken), suspended=tuple(found.suspended)
+        )
+
+    def drop(self, seq: int) -> None:
+        """See `plan.Runner.drop`."""
+        self._open()[1].drop(seq)
+
+    def score(self, tokens: Sequence[int]) -> NDArray[np.float64]:
+        """The log probability of each token but the first, given those before it; overwrites the pool's first blocks.
+
+        For measurements, on a runner that serves nobody.
+        """
+        pool, decoder = self._open()
+        blocks = tuple(range(-(-len(tokens) // pool.geometry.block_size)))
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(tokens) - 1, SCORE_CHUNK):
+                piece = tuple(tokens[start : start + SCORE_CHUNK])
+                hidden = decoder.run([Row(seq=0, tokens=piece, start=start, blocks=blocks)], None).hidden
+                following = torch.tensor(tokens[start + 1 : start + 1 + SCORE_CHUNK])
+                log_p = torch.log_softmax(decoder.layers.head(hidden)[: len(following)].double(), dim=-1)
+                found.append(log_p.gather(1, following[:, None])[:, 0])
+        return torch.cat(found).numpy()
 
     def block_view(self, block_id: int) -> memoryview:
         """See `plan.Runner.block_view`. Raises IndexError for a block outside the pool."""
@@ -69,6 +107,9 @@ class TorchRunner:
     def _check(self, rows: Sequence[Row], pool: KvPool) -> tuple[list[Row], list[tuple[int, str]]]:
         if len({row.seq for row in rows}) != len(rows):
             raise InvalidArgument("a sequence has two rows in one step", field="rows")
+        ranges = {(row.first_layer, row.last_layer) for row in rows} - {(0, None), (0, self._config.n_layers)}
+        if len(ranges) > 1:
+            raise InvalidArgument("all rows with a range of layers share one", field="rows")
         good, failed = [], []
         for row in rows:
             error = row_error(row, pool=pool, context_limit=self.info.context_limit, vocab_size=self._config.vocab_size)
@@ -79,22 +120,12 @@ class TorchRunner:
         return good, failed
 
 
-def _sample(logits: torch.Tensor, batch: Batch) -> tuple[list[Sampled], list[tuple[int, str]]]:
-    """Draw a token a row; a row whose best logit is not finite (NaN wins every comparison) fails by itself."""
-    if not batch.samples:
-        return [], []
-    best, tokens = logits.max(dim=1)
-    fine, greedy = torch.isfinite(best).tolist(), tokens.tolist()
-    sampled: list[Sampled] = []
-    failed: list[tuple[int, str]] = []
-    for i, (seq, spec) in enumerate(batch.samples):
-        if not fine[i]:
-            failed.append((seq, "the model's logits are not finite"))
-        elif spec.is_plain_greedy:
-            sampled.append(Sampled(seq=seq, draws=(Draw(token=greedy[i]),)))
-        else:
-            sampled.append(Sampled(seq=seq, draws=(draw(logits[i].numpy(), spec),)))
-    return sampled, failed
+def _finite(found: Pass) -> tuple[torch.Tensor, frozenset[int]]:
+    """The hidden states, and the sequences in which any is not finite: each row is a sequence's own."""
+    if found.batch is None:
+        return found.hidden, frozenset()
+    bad = (~torch.isfinite(found.hidden).all(dim=1)).nonzero()[:, 0].numpy()
+    return found.hidden, frozenset(found.batch.rows[row].seq for row in found.batch.row_of[bad])
 
 
 def open_runner(
@@ -105,16 +136,20 @@ def open_runner(
     block_size: int = 32,
     context_limit: int | None = None,
     share: CoreShare | None = None,
+    precision: Precision = "fp32",
+    kv_dtype: KvDtype = "fp32",
+    kernels: str | None = None,
 ) -> TorchRunner:
     """Load a model (see `source.resolve`) with a pool of `n_blocks` blocks of `block_size` tokens.
 
     `cache_dir` keeps the converted weights; a first start converts for some seconds. `context_limit` can only lower the
-    model's own. Raises InvalidArgument (`model`, `cache_dir`), DataCorrupt, NoSpace.
+    model's own. `kernels` names a build of the native kernels, or `torch`; by default the best for this processor.
+    Raises InvalidArgument (`model`, `cache_dir`, `kernels`), DataCorrupt, NoSpace.
     """
     source = resolve(model) if isinstance(model, str) else model
     config = source.config()
-    weights = map_weights(prepare(source, config, cache_dir).path, config)
-    geometry = Geometry.of(config, block_size)
+    weights = map_weights(prepare(source, config, cache_dir, precision).path, config)
+    geometry = Geometry.of(config, block_size, kv_dtype)
     info = RunnerInfo(
         model=source.name,
         revision=source.revision,
@@ -124,16 +159,27 @@ def open_runner(
         n_blocks=n_blocks,
         context_limit=min(config.context_limit, context_limit or config.context_limit),
         layout_fingerprint=_fingerprint(geometry),
-        precision="fp32",
-        kv_dtype="fp32",
+        precision=precision,
+        kv_dtype=kv_dtype,
         eos_ids=config.eos_ids,
         n_layers=config.n_layers,
         vocab_size=config.vocab_size,
     )
-    return TorchRunner(info, config, weights, KvPool(geometry, n_blocks), share)
+    pool = KvPool(geometry, n_blocks)
+    decoder = Decoder(config, weights, _layers(config, weights, pool, kernels), block_size)
+    return TorchRunner(info, config, pool, decoder, share)
+
+
+def _layers(config: ModelConfig, weights: Weights, pool: KvPool, kernels: str | None) -> Layers:
+    library: Library | None = None if kernels == "torch" else find_library(kernels)
+    if library is None and kernels not in (None, "torch"):
+        raise InvalidArgument(f"this machine has no kernels named {kernels!r}", field="kernels")
+    if library is None or not supports(config, pool.geometry):
+        return TorchLayers(config, weights, pool)
+    return NativeLayers(config, weights, pool, library)
 
 
 def _fingerprint(geometry: Geometry) -> str:
     """Names the bytes of a block: two runners with the same one can exchange blocks."""
-    text = f"lkhsd rotary-pairs v{LAYOUT_VERSION} {geometry!r} fp32 little-endian"
+    text = f"lkh transposed-keys rotary-pairs v{LAYOUT_VERSION} {geometry!r} little-endian"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -12,7 +12,7 @@ import torch
 
 from covey.errors import InvalidArgument
 from covey.model.source import resolve
-from covey.model.weights import map_weights, prepare
+from covey.model.weights import map_weights, prepare, separate
 
 RACE = """
 import sys
@@ -101,11 +101,14 @@ def test_fused_rows_are_the_checkpoints(tiny_folder: Path, tmp_path: Path) -> No
     config = source.config()
     layer = map_weights(prepare(source, config, tmp_path).path, config).layers[1]
     raw = load_file(tiny_folder / "model.safetensors")
-    assert torch.equal(layer.gate_up[:128], raw["model.layers.1.mlp.gate_proj.weight"])
-    assert torch.equal(layer.qkv[96:], raw["model.layers.1.self_attn.v_proj.weight"])
+    gate, up = separate(layer.gate_up.rows(), config.intermediate, dim=0)
+    assert torch.equal(gate, raw["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(up, raw["model.layers.1.mlp.up_proj.weight"])
+    qkv = layer.qkv.rows()
+    assert torch.equal(qkv[96:], raw["model.layers.1.self_attn.v_proj.weight"])
     q = raw["model.layers.1.self_attn.q_proj.weight"]
-    assert torch.equal(layer.qkv[0], q[0])
-    assert torch.equal(layer.qkv[1], q[8]), "rotary pairs stand side by side"
+    assert torch.equal(qkv[0], q[0])
+    assert torch.equal(qkv[1], q[8]), "rotary pairs stand side by side"
 
 
 def test_private_growth_stays_under_50_mib(smollm2: object, weight_cache: Path) -> None:

@@ -1,0 +1,1 @@
+"""Kernels in C++ for x86 processors; `covey.model.layers` computes the same with torch."""
