@@ -117,14 +117,14 @@ def decode_attention(
     `tables` [row, blocks] and `contexts` [row] are int32; a context counts the new token, whose key and value are
     stored already. A context of 0 gives zeros. `n_splits * split_tokens` covers the longest context.
     """
-    layout = pool.layout
+    geometry = pool.geometry
     rows, heads, head_dim = out.shape
     if not rows:
         return
-    group = heads // layout.kv_heads
+    group = heads // geometry.kv_heads
     partial = torch.empty(n_splits, rows, heads, head_dim, dtype=torch.float32, device=q.device)
     lses = torch.empty(n_splits, rows, heads, dtype=torch.float32, device=q.device)
-    _decode_kernel[(rows, layout.kv_heads, n_splits)](
+    _decode_kernel[(rows, geometry.kv_heads, n_splits)](
         q,
         partial,
         lses,
@@ -133,23 +133,23 @@ def decode_attention(
         tables,
         contexts,
         head_dim**-0.5,
-        layer * layout.layer_pages,
+        layer * pool.layer_pages,
         q.stride(0),
         tables.stride(0),
         split_tokens,
         group=group,
         head_dim=head_dim,
-        block_size=layout.block_size,
-        kv_heads=layout.kv_heads,
-        block_pages=layout.block_pages,
-        page_stride=layout.page_stride,
-        scale_stride=layout.scale_stride,
-        scale_offset=layout.scale_offset,
-        quantised=layout.is_quantised,
+        block_size=geometry.block_size,
+        kv_heads=geometry.kv_heads,
+        block_pages=pool.block_pages,
+        page_stride=pool.page_stride,
+        scale_stride=pool.scale_stride,
+        scale_offset=pool.scale_offset,
+        quantised=pool.is_quantised,
         tile=_TILE,
         block_m=padded(group),
         block_d=padded(head_dim),
-        dot_type=TRITON_DTYPES[dot_dtype(q, layout)],
+        dot_type=TRITON_DTYPES[dot_dtype(q, geometry)],
     )
     merge(partial.view(n_splits, rows * heads, head_dim), lses.view(n_splits, -1), out.view(rows * heads, head_dim))
 
@@ -167,11 +167,11 @@ def decode_attention_reference(
     """The same in torch, without splits."""
     del n_splits, split_tokens
     _, heads, head_dim = out.shape
-    group = heads // pool.layout.kv_heads
+    group = heads // pool.geometry.kv_heads
     for row, (table, context) in enumerate(zip(tables, contexts.tolist(), strict=True)):
         out[row] = 0.0
         if context:
-            n_blocks = -(-context // pool.layout.block_size)
+            n_blocks = -(-context // pool.geometry.block_size)
             k, v = gather_reference(pool, layer, table[:n_blocks], context, torch.float32)
             query = q[row, : heads * head_dim].float().view(heads, head_dim)
             keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))

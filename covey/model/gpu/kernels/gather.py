@@ -51,38 +51,38 @@ def gather(pool: DevicePool, layer: int, table: torch.Tensor, count: int, dtype:
 
     `table` (int32) names the blocks of the first `count` positions of a sequence.
     """
-    layout = pool.layout
-    out = torch.empty(2, count, layout.kv_heads, layout.head_dim, dtype=dtype, device=table.device)
+    geometry = pool.geometry
+    out = torch.empty(2, count, geometry.kv_heads, geometry.head_dim, dtype=dtype, device=table.device)
     if count:
-        _gather_kernel[(triton.cdiv(count, layout.block_size), layout.kv_heads, 2)](
+        _gather_kernel[(triton.cdiv(count, geometry.block_size), geometry.kv_heads, 2)](
             table,
             pool.numbers,
             pool.scales,
             out,
             count,
-            layer * layout.layer_pages,
-            layout.kv_heads,
-            layout.head_dim,
-            layout.block_size,
-            layout.block_pages,
-            layout.page_stride,
-            layout.scale_stride,
-            layout.scale_offset,
-            tile=triton.next_power_of_2(layout.block_size),
-            block=triton.next_power_of_2(layout.head_dim),
-            quantised=layout.is_quantised,
+            layer * pool.layer_pages,
+            geometry.kv_heads,
+            geometry.head_dim,
+            geometry.block_size,
+            pool.block_pages,
+            pool.page_stride,
+            pool.scale_stride,
+            pool.scale_offset,
+            tile=triton.next_power_of_2(geometry.block_size),
+            block=triton.next_power_of_2(geometry.head_dim),
+            quantised=pool.is_quantised,
         )
     return out
 
 
 def gather_reference(pool: DevicePool, layer: int, table: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
     """The same in torch."""
-    layout = pool.layout
-    size, width = layout.block_size, layout.head_dim
+    geometry = pool.geometry
+    size, width = geometry.block_size, geometry.head_dim
     blocks = pool.blocks[table.long()]
-    pages = blocks.view(len(table), layout.n_layers, 2, layout.kv_heads, layout.page_bytes)[:, layer]
-    numbers = pages[..., : size * width * layout.dtype.itemsize].contiguous().view(layout.dtype).float()
-    if layout.is_quantised:
+    pages = blocks.view(len(table), geometry.n_layers, 2, geometry.kv_heads, geometry.page_bytes)[:, layer]
+    numbers = pages[..., : size * width * pool.dtype.itemsize].contiguous().view(pool.dtype).float()
+    if pool.is_quantised:
         scales = pages[..., size * width :].contiguous().view(torch.float32)
     else:
         scales = torch.ones(*numbers.shape[:-1], size, device=numbers.device)

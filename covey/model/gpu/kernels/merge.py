@@ -21,7 +21,7 @@ def _merge_kernel(partial, partial_lse, out, lse, shards, n, width, block: tl.co
     weight = tl.zeros((1,), tl.float32)
     total = tl.zeros((block,), tl.float32)
     # One shard after the other: trailing empty shards then change no bit, so a row is the same in a wider batch.
-    for shard in range(0, shards):
+    for shard in range(shards):
         at = row.to(tl.int64) + shard * n
         found = tl.load(partial_lse + at + tl.zeros((1,), tl.int32))
         higher = tl.maximum(top, found)
@@ -38,9 +38,7 @@ def _merge_kernel(partial, partial_lse, out, lse, shards, n, width, block: tl.co
         tl.store(lse + row + tl.zeros((1,), tl.int32), tl.where(is_empty, float("-inf"), top + tl.log(safe)))
 
 
-def merge(
-    partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None
-) -> None:
+def merge(partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
     """Fill `out` [n, width], and `lse` [n] where given, from `partial` [shard, n, width] and `partial_lse` [shard, n].
 
     Everything is contiguous, log-sum-exps are fp32. Without any key a row is 0 and its lse -inf.

@@ -119,7 +119,7 @@ def prefill_attention(q: torch.Tensor, pool: DevicePool, layer: int, chunks: Chu
 
     A query sees every position up to its own; the chunks' own keys and values are stored already.
     """
-    layout = pool.layout
+    geometry = pool.geometry
     _, heads, head_dim = out.shape
     if not len(chunks.tiles):
         return
@@ -134,23 +134,23 @@ def prefill_attention(q: torch.Tensor, pool: DevicePool, layer: int, chunks: Chu
         chunks.starts,
         chunks.tiles,
         head_dim**-0.5,
-        layer * layout.layer_pages,
+        layer * pool.layer_pages,
         q.stride(0),
         out.stride(0),
         chunks.tables.stride(0),
-        group=heads // layout.kv_heads,
+        group=heads // geometry.kv_heads,
         head_dim=head_dim,
-        block_size=layout.block_size,
-        kv_heads=layout.kv_heads,
-        block_pages=layout.block_pages,
-        page_stride=layout.page_stride,
-        scale_stride=layout.scale_stride,
-        scale_offset=layout.scale_offset,
-        quantised=layout.is_quantised,
+        block_size=geometry.block_size,
+        kv_heads=geometry.kv_heads,
+        block_pages=pool.block_pages,
+        page_stride=pool.page_stride,
+        scale_stride=pool.scale_stride,
+        scale_offset=pool.scale_offset,
+        quantised=pool.is_quantised,
         tile=_TILE,
         block_m=TILE_QUERIES,
         block_d=padded(head_dim),
-        dot_type=TRITON_DTYPES[dot_dtype(q, layout)],
+        dot_type=TRITON_DTYPES[dot_dtype(q, geometry)],
     )
 
 
@@ -159,11 +159,11 @@ def prefill_attention_reference(
 ) -> None:
     """The same in torch."""
     _, heads, head_dim = out.shape
-    group = heads // pool.layout.kv_heads
+    group = heads // pool.geometry.kv_heads
     rows = zip(chunks.firsts.tolist(), chunks.lengths.tolist(), chunks.starts.tolist(), chunks.tables, strict=True)
     for first, length, start, table in rows:
         end = start + length
-        k, v = gather_reference(pool, layer, table[: -(-end // pool.layout.block_size)], end, torch.float32)
+        k, v = gather_reference(pool, layer, table[: -(-end // pool.geometry.block_size)], end, torch.float32)
         query = q[first : first + length, : heads * head_dim].float().view(length, heads, head_dim)
         keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,nhd->hqn", query, keys) * head_dim**-0.5

@@ -73,7 +73,7 @@ def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantise(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """numbers * scale [n, width] as `dtype`."""
+    """Numbers * scale [n, width] as `dtype`."""
     n, width = numbers.shape
     out = torch.empty(n, width, dtype=dtype, device=numbers.device)
     if n:

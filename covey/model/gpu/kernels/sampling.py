@@ -70,7 +70,7 @@ def _mass(logits, mask, mask_row, vocab, least, top, inverse, by_count, block: t
 def _threshold(logits, mask, mask_row, vocab, low, high, wanted, top, inverse, by_count, block: tl.constexpr):
     """The highest threshold from `low` to `high` whose mass is at least `wanted`; `low` always has it."""
     low, high = low.to(tl.int64), high.to(tl.int64)
-    for _ in range(0, 32):
+    for _ in range(32):
         middle = (low + high + 1) >> 1
         enough = _mass(logits, mask, mask_row, vocab, middle, top, inverse, by_count, block) >= wanted
         low = tl.where(enough, middle, low)
@@ -87,7 +87,7 @@ def _best(logits, mask, mask_row, vocab, block: tl.constexpr):
     for at in range(0, vocab, block):
         token = at + tl.arange(0, block)
         x = _masked_logits(logits, mask, mask_row, token, vocab)
-        is_nan = x != x
+        is_nan = x != x  # noqa: PLR0124 - this is how a kernel asks for NaN
         is_broken = tl.maximum(is_broken, tl.max(is_nan.to(tl.int32), axis=0))
         x = tl.where(is_nan, float("-inf"), x)
         highest = tl.max(x, axis=0)

@@ -38,7 +38,7 @@ def _scatter_kernel(
     head = tl.program_id(1)
     is_value = tl.program_id(2)
     column = tl.arange(0, block)
-    slot = tl.load(slots + token, mask=token < n, other=-1)
+    slot = tl.load(slots + token, mask=token < n, other=-1).to(tl.int64)
     wanted = slot >= 0
     inside = wanted[:, None] & (column < head_dim)[None, :]
     source = kv + token.to(tl.int64)[:, None] * stride + ((is_value * kv_heads + head) * head_dim + column)[None, :]
@@ -60,50 +60,51 @@ def _scatter_kernel(
 def scatter(kv: torch.Tensor, slots: torch.Tensor, pool: DevicePool, layer: int) -> None:
     """Store `kv` [n, 2 * kv_heads * head_dim], keys before values, rows of any stride, at `slots` [n] of a layer.
 
-    A slot is block * block_size + position in the block, int64; a negative one is skipped. Keys are rotated already.
+    A slot (any integer type) is block * block_size + position in the block; a negative one is skipped. Keys are rotated
+    already.
     """
-    layout, n = pool.layout, kv.shape[0]
+    geometry, n = pool.geometry, kv.shape[0]
     if n:
-        _scatter_kernel[(triton.cdiv(n, _TILE), layout.kv_heads, 2)](
+        _scatter_kernel[(triton.cdiv(n, _TILE), geometry.kv_heads, 2)](
             kv,
             slots,
             pool.numbers,
             pool.scales,
             n,
             kv.stride(0),
-            layer * layout.layer_pages,
-            layout.kv_heads,
-            layout.head_dim,
-            layout.block_size,
-            layout.block_pages,
-            layout.page_stride,
-            layout.scale_stride,
-            layout.scale_offset,
+            layer * pool.layer_pages,
+            geometry.kv_heads,
+            geometry.head_dim,
+            geometry.block_size,
+            pool.block_pages,
+            pool.page_stride,
+            pool.scale_stride,
+            pool.scale_offset,
             tile=_TILE,
-            block=triton.next_power_of_2(layout.head_dim),
-            quantised=layout.is_quantised,
+            block=triton.next_power_of_2(geometry.head_dim),
+            quantised=pool.is_quantised,
         )
 
 
 def scatter_reference(kv: torch.Tensor, slots: torch.Tensor, pool: DevicePool, layer: int) -> None:
     """The same in torch."""
-    layout = pool.layout
-    heads = kv.reshape(-1, 2, layout.kv_heads, layout.head_dim)[slots >= 0]
+    geometry = pool.geometry
+    heads = kv.reshape(-1, 2, geometry.kv_heads, geometry.head_dim)[slots >= 0]
     slots = slots[slots >= 0]
     numbers, scales = heads, None
-    if layout.is_quantised:
-        flat, scales = quantise_reference(heads.reshape(-1, layout.head_dim))
+    if pool.is_quantised:
+        flat, scales = quantise_reference(heads.reshape(-1, geometry.head_dim))
         numbers = flat.view(heads.shape)
     kind = torch.arange(2, device=slots.device)[None, :, None]
-    head = torch.arange(layout.kv_heads, device=slots.device)[None, None, :]
-    block = (slots // layout.block_size)[:, None, None] * layout.block_pages
-    page = block + layer * layout.layer_pages + kind * layout.kv_heads + head
-    position = (slots % layout.block_size)[:, None, None, None]
-    column = torch.arange(layout.head_dim, device=slots.device)
+    head = torch.arange(geometry.kv_heads, device=slots.device)[None, None, :]
+    block = (slots // geometry.block_size)[:, None, None] * pool.block_pages
+    page = block + layer * pool.layer_pages + kind * geometry.kv_heads + head
+    position = (slots % geometry.block_size)[:, None, None, None]
+    column = torch.arange(geometry.head_dim, device=slots.device)
     inner = torch.where(
-        kind[..., None] == 1, position * layout.head_dim + column, column * layout.block_size + position
+        kind[..., None] == 1, position * geometry.head_dim + column, column * geometry.block_size + position
     )
-    at = page[..., None] * layout.page_stride + inner
-    pool.numbers[at.reshape(-1)] = numbers.reshape(-1).to(layout.dtype)
+    at = page[..., None] * pool.page_stride + inner
+    pool.numbers[at.reshape(-1)] = numbers.reshape(-1).to(pool.dtype)
     if scales is not None:
-        pool.scales[(page * layout.scale_stride + layout.scale_offset + position[..., 0]).reshape(-1)] = scales
+        pool.scales[(page * pool.scale_stride + pool.scale_offset + position[..., 0]).reshape(-1)] = scales

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from covey.model.gpu.pages import PageLayout
+from covey.model.pool import Geometry
 
 DOT_MIN = 16
 """No side of a matrix product on tensor cores may be shorter."""
@@ -68,9 +68,9 @@ def table_entries(table, token, seen, block_size: tl.constexpr, block_pages: tl.
     return block * block_pages, token % block_size
 
 
-def dot_dtype(q: torch.Tensor, layout: PageLayout) -> torch.dtype:
+def dot_dtype(q: torch.Tensor, geometry: Geometry) -> torch.dtype:
     """What the products run in: exact for fp32 queries, else fp16, which holds fp16 and int8 numbers as they are."""
-    return torch.float32 if q.dtype == torch.float32 or layout.kv_dtype == "fp32" else torch.float16
+    return torch.float32 if q.dtype == torch.float32 or geometry.kv_dtype == "fp32" else torch.float16
 
 
 def padded(size: int) -> int:

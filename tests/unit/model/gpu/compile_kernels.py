@@ -58,15 +58,17 @@ def launch_everything() -> None:
     from covey.model.gpu.kernels.rotary import rotate_heads
     from covey.model.gpu.kernels.sampling import DrawSettings, draw_tokens
     from covey.model.gpu.kernels.scatter import scatter
-    from covey.model.gpu.pages import DevicePool, PageLayout
+    from covey.model.gpu.pages import DevicePool
+    from covey.model.pool import Geometry, KvDtype
 
     ids = torch.zeros(2, dtype=torch.int32)
     table = torch.zeros(2, 2, dtype=torch.int32)
     for dtype in (torch.float32, torch.bfloat16):
         qkv, hidden = torch.zeros(2, 48 * 64, dtype=dtype), torch.zeros(2, 2048)
         out = torch.zeros(2, 32, 64, dtype=dtype)
-        for kv_dtype in ("fp32", "fp16", "int8"):
-            pages = PageLayout(n_layers=2, kv_heads=8, head_dim=64, block_size=32, kv_dtype=kv_dtype)
+        types: tuple[KvDtype, ...] = ("fp32", "fp16", "int8")
+        for kv_dtype in types:
+            pages = Geometry(n_layers=2, kv_heads=8, head_dim=64, block_size=32, kv_dtype=kv_dtype)
             pool = DevicePool(pages, 2, torch.device("cpu"))
             scatter(qkv[:, 32 * 64 :], torch.zeros(2, dtype=torch.int64), pool, 0)
             gather(pool, 0, ids, 40, dtype)

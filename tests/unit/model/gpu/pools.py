@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 
 from covey.model.gpu.kernels.scatter import scatter_reference
-from covey.model.gpu.pages import DevicePool, PageLayout
+from covey.model.gpu.pages import DevicePool
+from covey.model.pool import Geometry, KvDtype
 
 CPU = torch.device("cpu")
-ALL_KV_DTYPES = ("fp32", "fp16", "int8")
+ALL_KV_DTYPES: tuple[KvDtype, ...] = ("fp32", "fp16", "int8")
 
 
 def layout(
-    kv_dtype: str = "fp32", *, block_size: int = 8, head_dim: int = 16, kv_heads: int = 2, n_layers: int = 2
-) -> PageLayout:
-    return PageLayout(
-        n_layers=n_layers, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, kv_dtype=kv_dtype
-    )
+    kv_dtype: KvDtype = "fp32", *, block_size: int = 8, head_dim: int = 16, kv_heads: int = 2, n_layers: int = 2
+) -> Geometry:
+    return Geometry(n_layers=n_layers, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, kv_dtype=kv_dtype)
 
 
 def source(seed: int) -> torch.Generator:
@@ -33,11 +32,11 @@ def scattered_tables(contexts: list[int], block_size: int, n_blocks: int, seed: 
     return tables
 
 
-def filled_pool(pages: PageLayout, contexts: list[int], layer: int, seed: int) -> tuple[DevicePool, torch.Tensor]:
+def filled_pool(pages: Geometry, contexts: list[int], layer: int, seed: int) -> tuple[DevicePool, torch.Tensor]:
     """A pool whose rows of `contexts` hold random keys and values in `layer`, everything else being NaN; the tables."""
     n_blocks = sum(-(-context // pages.block_size) for context in contexts) + 3
     pool = DevicePool(pages, n_blocks, CPU)
-    if pages.is_quantised:
+    if pages.kv_dtype == "int8":
         pool.scales.fill_(torch.nan)
     else:
         pool.numbers.fill_(torch.nan)

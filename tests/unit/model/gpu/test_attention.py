@@ -16,6 +16,8 @@ from covey.model.gpu.kernels.prefill_attention import (
     prefill_attention_reference,
 )
 
+from covey.model.pool import KvDtype
+
 from .pools import ALL_KV_DTYPES, filled_pool, layout, source
 
 CLOSE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -42,7 +44,7 @@ def chunks_of(parts: list[tuple[int, int]], tables: torch.Tensor) -> Chunks:
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(4, 2, 16, 8), (3, 1, 24, 16)])
 def test_decode_equals_the_reference(
-    dtype: torch.dtype, kv_dtype: str, heads: int, kv_heads: int, head_dim: int, block_size: int
+    dtype: torch.dtype, kv_dtype: KvDtype, heads: int, kv_heads: int, head_dim: int, block_size: int
 ) -> None:
     pages = layout(kv_dtype, block_size=block_size, head_dim=head_dim, kv_heads=kv_heads)
     contexts = [1, 0, 32, 33, 75]
@@ -72,7 +74,7 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(4, 2, 16, 8), (3, 1, 24, 16)])
 def test_prefill_equals_the_reference(
-    dtype: torch.dtype, kv_dtype: str, heads: int, kv_heads: int, head_dim: int, block_size: int
+    dtype: torch.dtype, kv_dtype: KvDtype, heads: int, kv_heads: int, head_dim: int, block_size: int
 ) -> None:
     parts = [(0, 1), (0, 35), (30, 9), (70, 2)]
     pages = layout(kv_dtype, block_size=block_size, head_dim=head_dim, kv_heads=kv_heads)
@@ -100,7 +102,7 @@ def test_chunks_have_the_bits_of_one_prefill() -> None:
     st.sampled_from((4, 8, 20)),
     st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=3),
 )
-def test_any_raggedness(kv_dtype: str, block_size: int, parts: list[tuple[int, int]]) -> None:
+def test_any_raggedness(kv_dtype: KvDtype, block_size: int, parts: list[tuple[int, int]]) -> None:
     """Chunks anywhere, and their last tokens once more as decode rows, over pages that hold NaN elsewhere."""
     pages = layout(kv_dtype, block_size=block_size, kv_heads=1, n_layers=1)
     contexts = [start + length for start, length in parts]
