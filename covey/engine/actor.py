@@ -11,7 +11,7 @@ from covey.actor import Inbox
 from covey.clock import Clock
 from covey.errors import AlreadyExists, CoveyError, NotFound, Overloaded, Unavailable
 from covey.model.plan import Runner
-from covey.policy.blocks import BlockChanges
+from covey.policy.prefix_cache import BlockChanges
 from covey.types.generate import Accepted, Role, Stage
 from covey.types.ids import WorkerId
 from covey.types.store import BlockStore
@@ -69,7 +69,8 @@ class EngineActor:
         life = self.lifecycle
         try:
             async with anyio.create_task_group() as tasks:
-                self._background = life.background = Background(tasks, on_end=lambda: inbox.signal(Wake()))
+                self._background = Background(tasks, on_end=lambda: inbox.signal(Wake()))
+                life.open(self._background)
                 while not (self._is_stopping and life.is_quiet):
                     await self._turn(inbox)
                 await life.retention.close()

@@ -8,8 +8,10 @@ import msgspec
 
 from covey.config import CommonConfig, NonNegative, Positive, PositiveInt
 from covey.policy.batch_limits import Batching, BatchLimits
+from covey.policy.speculation import SpeculationLimits
 
 from .limits import EngineLimits
+from .promises import Admission
 
 _LIMITS = EngineLimits()
 
@@ -26,6 +28,10 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """Where converted weights are kept; workers of one host map the same file."""
     context_limit: PositiveInt | None = None
     """A lower limit than the model's own."""
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What weights and products are computed in. `fp32` is the reference; `int8` is the fastest."""
+    kv_dtype: Literal["fp32", "fp16", "int8"] = "fp32"
+    """What keys and values are kept in: half or a quarter of the memory, and of the bytes that move."""
     block_size: PositiveInt = 32
     kv_bytes: PositiveInt = 1 << 30
     """Memory for keys and values. Its pages are taken when they are first used."""
@@ -37,6 +43,16 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """How blocks travel: `auto` maps the arena of a store on this host, `grpc` never does."""
     batching: Batching = _LIMITS.batch.batching
     """How requests are ordered and prompts cut."""
+    admission: Admission = _LIMITS.admission
+    """What a request is promised before it runs: `reserve` its longest possible answer, so that it is never preempted,
+    `past_future` what answers of late came to, so that more run at once.
+    """
+    speculation: Literal["auto", "off"] = "auto"
+    """Whether text that repeats itself is guessed ahead, where that pays; what is generated is the same."""
+    guess_max: PositiveInt = _LIMITS.speculation.guess_max
+    """Guesses a request and step."""
+    first_token_s: Positive = _LIMITS.first_token_s
+    """When a request's first token is due, for the policies that order by it."""
     max_batch_tokens: PositiveInt = _LIMITS.batch.max_tokens
     max_running: PositiveInt = _LIMITS.batch.max_running
     queue_max: Annotated[int, msgspec.Meta(ge=0)] = _LIMITS.batch.queue_max
@@ -66,6 +82,9 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
                 step_target_s=self.step_target_s,
                 chunk_min=min(BatchLimits().chunk_min, self.max_batch_tokens),
             ),
+            admission=self.admission,
+            speculation=SpeculationLimits(guess_max=self.guess_max if self.speculation == "auto" else 0),
+            first_token_s=self.first_token_s,
             outbox_tokens=self.outbox_tokens,
             reader_stall_s=self.reader_stall_s,
             kv_timeout_s=self.kv_timeout_s,

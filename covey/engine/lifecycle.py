@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import anyio
-
-from covey import failpoint
 from covey.clock import Clock
-from covey.errors import Cancelled, CoveyError, DeadlineExceeded, Internal, NoSpace
+from covey.errors import Cancelled, DeadlineExceeded, Internal, NoSpace
 from covey.model.plan import Draw, Runner
 from covey.policy.batch_policies import make_batcher
 from covey.policy.blocks import BlockPool
 from covey.policy.chunk import Chunk
 from covey.policy.ledger import Demand
 from covey.policy.speculation import Candidate, Speculation
-from covey.types.generate import Event, Handover, Role, Stage, Tokens
+from covey.types.generate import Event, Role, Stage, Tokens
 from covey.types.ids import WorkerId
 from covey.types.store import BlockStore
 
@@ -28,6 +25,7 @@ from .holdings import Holdings
 from .limits import EngineLimits
 from .loading import Loader
 from .migration import Migration
+from .moves import Moves
 from .promises import make_promises
 from .register import Register
 from .retention import Retention
@@ -72,19 +70,23 @@ class Lifecycle:
         self.migration = Migration(self.pool, transfers, limits, worker=worker, clock=clock)
         self.step: RunningStep | None = None
         """The step under way."""
-        self.background: Background
-        """Where transfers run; set before anything else is called."""
         self._promises = make_promises(limits.admission, self.pool, info.block_size)
         self._holdings = Holdings(self.pool, self._promises, info.block_size)
         self._stepper = Stepper(runner, clock, niceness=limits.niceness)
         self._loader = Loader(transfers, self._holdings, block_size=info.block_size, role=role, worker=worker)
+        self._moves = Moves(
+            self.migration, self._holdings, self.board, clock, block_size=info.block_size, end=self._end
+        )
         self._leaving: list[Sequence] = []
-        self._swapping = 0
+
+    def open(self, background: Background) -> None:
+        """Say where transfers run, before anything else is called."""
+        self._moves.background = background
 
     @property
     def is_quiet(self) -> bool:
         """Whether nothing lives and nothing moves."""
-        return not len(self.live) and self.step is None and not self.background.running
+        return not len(self.live) and self.step is None and not self._moves.are_running
 
     def check(self) -> None:
         """Assert the invariants of blocks and batch; when nothing runs, nothing is held or promised."""
@@ -118,14 +120,14 @@ class Lifecycle:
             seq = self._seq(seq_id)
             seq.admitted_at = seq.admitted_at or now
             if self._loader.can_load(seq):
-                self._move(seq, self._loader.load, self._start)
+                self._moves.run(seq, self._loader.load, self._start)
             else:
                 self._start(seq)
         if not self.batcher.waiting:
             return
         if not self.batcher.running:
             self.retention.give_way(now)
-        elif not self._swapping:
+        elif not self._moves.swapping:
             for seq_id in self.batcher.preempt(now):
                 self._preempt(self._seq(seq_id))
 
@@ -136,7 +138,7 @@ class Lifecycle:
         seq.started_at = seq.started_at or self._clock.now()
         seq.is_running = True
         if seq.preemptions:
-            self._forget_leases(seq)
+            self._moves.forget_leases(seq)
         self._holdings.book(seq)
         self.batcher.start(seq.id, computed=seq.computed, known=len(seq.tokens))
         if seq.paused_at is not None:
@@ -208,7 +210,7 @@ class Lifecycle:
 
     def _make_room(self, seq: Sequence, chunk: Chunk, now: float) -> bool:
         """Swap out others, or this one, until the chunk has its blocks; False when it must wait."""
-        while not self._swapping:
+        while not self._moves.swapping:
             victim = self.batcher.victim()
             if victim is None or (victim == seq.id and self._running == 1):
                 self.retention.give_way(now)
@@ -240,7 +242,7 @@ class Lifecycle:
         elif self._role is Role.PREFILL:
             self.batcher.remove(seq.id)
             seq.is_running = False
-            self._move(seq, partial(self._hand_over, first=tokens), self._start)
+            self._moves.run(seq, partial(self._moves.hand_over, first=tokens), self._start)
         else:
             seq.outbox.put(tokens)
             if seq.outbox.is_full:
@@ -257,40 +259,7 @@ class Lifecycle:
         seq.is_running = False
         seq.preemptions += 1
         self.board.preemptions += 1
-        seq.show(Stage.QUEUE)
-        if seq.computed and self.migration.has_store:
-            self._swapping += 1
-            self._move(seq, self._swap_out, self._set_aside)
-        else:
-            self._set_aside(seq)
-
-    async def _swap_out(self, seq: Sequence) -> None:
-        """Write what the store has not; what it does not take is computed again."""
-        began = self._clock.now()
-        try:
-            seq.handed_over = (await self.migration.stash(seq, self._block_size)).covered
-            self.board.swapped_out += 1
-        except CoveyError:
-            seq.handed_over = 0
-        finally:
-            self._swapping -= 1
-            seq.transfer_s += self._clock.now() - began
-
-    def _set_aside(self, seq: Sequence) -> None:
-        self._holdings.release(seq)
-        seq.computed = 0
-
-    async def _hand_over(self, seq: Sequence, *, first: Tokens) -> Handover:
-        seq.show(Stage.TRANSFER)
-        began = self._clock.now()
-        try:
-            ticket = await self.migration.stash(seq, self._block_size)
-        except CoveyError:  # a store that is full or gone costs a second prefill, not the request
-            ticket = self.migration.bare_ticket(seq)
-            self.board.bare_handovers += 1
-        seq.transfer_s += self._clock.now() - began
-        await failpoint.hit_async("prefill.before_handover")
-        return Handover(ticket=ticket, first=first, usage=seq.usage(), timings=seq.timings(self._clock.now()))
+        self._moves.swap_out(seq)
 
     # -- endings ------------------------------------------------------------------------
 
@@ -332,7 +301,7 @@ class Lifecycle:
             seq.transfer.cancel()
             return
         if seq.preemptions:
-            self._forget_leases(seq)
+            self._moves.forget_leases(seq)
         self._holdings.release(seq)
 
     def sweep(self, now: float) -> None:
@@ -351,40 +320,6 @@ class Lifecycle:
         elif now - paused_at > self._limits.reader_stall_s:
             self._end(seq, failed(Cancelled("the reader fell too far behind")))
 
-    # -- background -----------------------------------------------------------------------
-
-    def _move(
-        self,
-        seq: Sequence,
-        work: Callable[[Sequence], Awaitable[Handover | None]],
-        then: Callable[[Sequence], None],
-    ) -> None:
-        """Run `work`, which copies the sequence's blocks; until it has ended they stay held, whatever happens."""
-        seq.transfer = anyio.CancelScope()
-        self.background.spawn(self._transfer, seq, seq.transfer, work, then)
-
-    async def _transfer(
-        self,
-        seq: Sequence,
-        scope: anyio.CancelScope,
-        work: Callable[[Sequence], Awaitable[Handover | None]],
-        then: Callable[[Sequence], None],
-    ) -> None:
-        event: Event | None = None
-        with scope:
-            try:
-                event = await work(seq)
-            except CoveyError as error:
-                event = failed(error, retryable=True)
-        seq.transfer = None
-        if seq.is_over:
-            self._forget_leases(seq)
-            self._holdings.release(seq)
-        elif event is not None:
-            self._end(seq, event)
-        else:
-            then(seq)
-
     @property
     def _running(self) -> int:
         return sum(seq.is_running for seq in self.live.all())
@@ -393,9 +328,6 @@ class Lifecycle:
         if seq.is_suspended:
             seq.is_suspended = False
             self._stepper.drop(seq.id)
-
-    def _forget_leases(self, seq: Sequence) -> None:
-        self.migration.forget(seq.request.request_id, self.background.spawn)
 
     def _seq(self, seq_id: int) -> Sequence:
         seq = self.live.get(seq_id)

@@ -86,7 +86,7 @@ def _load_model(config: EngineConfig, run_dir: Path, clock: Clock) -> LoadedMode
         raise Unavailable(f"{error.name} is not installed: pip install 'covey[engine]'") from error
     try:
         source = resolve(config.model)
-        geometry = Geometry.of(source.config(), config.block_size)
+        geometry = Geometry.of(source.config(), config.block_size, config.kv_dtype)
         tokenizer = open_tokenizer(source)
     except InvalidArgument as error:
         raise Unavailable(error.message) from error
@@ -102,5 +102,7 @@ def _load_model(config: EngineConfig, run_dir: Path, clock: Clock) -> LoadedMode
         block_size=config.block_size,
         context_limit=config.context_limit,
         share=share,
+        precision=config.precision,
+        kv_dtype=config.kv_dtype,
     )
     return LoadedModel(runner=runner, vocabulary=tokenizer, name=config.model_name or source.name)
