@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import anyio
 
 from covey.net.kv_events import KvEventPublisher
-from covey.policy.blocks import BlockChanges, CacheKey
+from covey.policy.prefix_cache import BlockChanges, CacheKey
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
 from covey.types.kv import HASHES_MAX, KvEventKind, KvSnapshot, KvSnapshotEntry
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from covey.errors import InvalidArgument
-from covey.policy.blocks import CacheKey
 from covey.policy.identity import chain, tail_key
+from covey.policy.prefix_cache import CacheKey
 from covey.types.generate import HandoverTicket, KvScope
 from covey.types.ids import BlockHash, NamespaceId, RequestId
 from covey.types.kv import BlockKey

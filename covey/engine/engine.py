@@ -12,7 +12,7 @@ from covey.clock import Clock
 from covey.errors import CoveyError, Overloaded
 from covey.model.grammar import CompiledGrammar
 from covey.model.plan import Runner
-from covey.policy.blocks import CacheKey
+from covey.policy.prefix_cache import CacheKey
 from covey.types.generate import (
     AdoptReply,
     AdoptRequest,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from covey.actor import Ask
 from covey.model.grammar import CompiledGrammar
-from covey.policy.blocks import CacheKey
+from covey.policy.prefix_cache import CacheKey
 from covey.types.generate import (
     AdoptReply,
     AdoptRequest,

@@ -8,7 +8,8 @@ from itertools import groupby
 
 from covey.clock import Clock
 from covey.errors import CoveyError, FailedPrecondition, Overloaded
-from covey.policy.blocks import BlockPool, CacheKey, Pin
+from covey.policy.blocks import BlockPool, Pin
+from covey.policy.prefix_cache import CacheKey
 from covey.types.generate import AdoptReply, HandoverTicket, TailBlock
 from covey.types.ids import LeaseId, RequestId, WorkerId
 from covey.types.kv import BlockKey

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from covey.errors import NoSpace
-from covey.types.ids import BlockHash, LeaseId, NamespaceId
+from covey.types.ids import LeaseId
 
-CacheKey = tuple[NamespaceId, BlockHash]
-"""What names a full block: where it may be used, and the prefix that it ends."""
+from .free_runs import FreeRuns
+from .prefix_cache import BlockChanges, CacheKey, PrefixCache
+from .reuse_value import ReuseValue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,52 +22,31 @@ class Pin:
     expires_at: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockChanges:
-    """What entered and left the prefix cache since the last `take_changes`; a key is in at most one of them."""
-
-    stored: tuple[CacheKey, ...] = ()
-    evicted: tuple[CacheKey, ...] = ()
-
-
-@dataclass(slots=True)
-class _Block:
-    references: int = 0
-    key: CacheKey | None = None
-    parent: CacheKey | None = None
-    children: int = 0
-    used: int = 0
-
-
 class BlockPool:
     """Who holds which block. Pure: the bytes are elsewhere, and `now` is passed in.
 
     A block is free, held (references > 0) or cached (no references, but named: a prompt may hit it). Cached blocks are
-    evicted least recently used first, leaves before the blocks they grow from, so that what stays is a prefix. Who
-    holds a named block holds all that it grows from; therefore every cached block can be evicted, and
+    evicted least worthy first, leaves before the blocks they grow from, so that what stays is a prefix. Who holds a
+    named block holds all that it grows from; therefore every cached block can be evicted, and
     `free + cached - reserved` is what admission may still promise.
     """
 
-    def __init__(self, *, n_blocks: int, name: str = "pool") -> None:
-        """`name` prefixes the ids of pins: give each life of the process its own."""
+    def __init__(self, *, n_blocks: int, name: str = "pool", value: ReuseValue | None = None) -> None:
+        """`name` prefixes the ids of pins: give each life of the process its own. `value` says who is evicted first."""
         if n_blocks < 1:
             raise ValueError("a pool needs at least one block")
         self._name = name
-        self._blocks = [_Block() for _ in range(n_blocks)]
-        self._free = list(range(n_blocks - 1, -1, -1))
-        self._index: dict[CacheKey, int] = {}
-        self._leaves: list[tuple[int, int]] = []  # lazy heap of (used, block): may hold stale entries, misses none
-        self._cached = 0
+        self._references = [0] * n_blocks
+        self._free = FreeRuns(n_blocks)
+        self._cache = PrefixCache(n_blocks, value or ReuseValue())
         self._reserved = 0
-        self._tick = 0
         self._pins: dict[LeaseId, Pin] = {}
         self._pin_count = 0
-        self._changes: dict[CacheKey, bool] = {}
 
     @property
     def capacity(self) -> int:
         """Blocks in all."""
-        return len(self._blocks)
+        return len(self._references)
 
     @property
     def free(self) -> int:
@@ -77,12 +56,12 @@ class BlockPool:
     @property
     def cached(self) -> int:
         """Named blocks that nobody holds."""
-        return self._cached
+        return self._cache.idle
 
     @property
     def held(self) -> int:
         """Blocks with at least one reference, pins included."""
-        return self.capacity - self.free - self._cached
+        return self.capacity - self.free - self.cached
 
     @property
     def reserved(self) -> int:
@@ -92,7 +71,7 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that can still be promised."""
-        return self.free + self._cached - self._reserved
+        return self.free + self.cached - self._reserved
 
     @property
     def pinned(self) -> int:
@@ -112,43 +91,43 @@ class BlockPool:
         assert 0 <= count <= self._reserved
         self._reserved -= count
 
-    def take(self, count: int) -> tuple[int, ...]:
-        """Turn `count` reserved promises into held, unnamed blocks, evicting cached ones as needed."""
+    def take(self, count: int, *, after: int | None = None, room: int = 0) -> tuple[int, ...]:
+        """Turn `count` reserved promises into held, unnamed blocks, evicting cached ones as needed.
+
+        They lie behind `after`, the last block of the sequence, or else behind each other, wherever that is possible;
+        `room` is how many blocks the sequence may still take, these included.
+        """
         assert 0 <= count <= self._reserved
         self._reserved -= count
-        taken = []
-        for _ in range(count):
-            block = self._free.pop() if self._free else self._evict()
-            self._blocks[block].references = 1
-            taken.append(block)
+        while len(self._free) < count:
+            self._free.give(self._cache.evict())
+        taken = self._free.take(count, after=after, room=room)
+        for block in taken:
+            self._references[block] = 1
         return tuple(taken)
 
     def match(self, keys: Iterable[CacheKey]) -> tuple[int, ...]:
-        """Hold the longest cached prefix of `keys`; the caller releases it."""
+        """Hold the longest cached prefix of `keys`; the caller releases it, or gives it back with `unmatch`."""
         found = []
         for key in keys:
-            block = self._index.get(key)
+            block = self._cache.find(key)
             if block is None:
                 break
             self._hold(block)
             found.append(block)
         return tuple(found)
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference of each; unnamed ones become free, named ones cached, the end of the prefix as oldest."""
-        self._tick += 1
+    def unmatch(self, blocks: Sequence[int]) -> None:
+        """Give back what `match` held and was not used: it counts as if nobody had asked for it."""
         for block in reversed(blocks):
-            state = self._blocks[block]
-            assert state.references > 0, f"block {block} is released more often than it was held"
-            state.references -= 1
-            if state.references:
-                continue
-            if state.key is None:
-                self._free.append(block)
-            else:
-                self._cached += 1
-                state.used = self._tick
-                self._offer(block)
+            self._let_go(block)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference of each after use; unnamed ones become free, named ones cached."""
+        self._cache.tick()
+        for block in reversed(blocks):
+            self._cache.use(block)
+            self._let_go(block)
 
     def name(self, block: int, key: CacheKey, parent: CacheKey | None) -> int:
         """Enter a held, full block into the prefix cache and return the block to use from now on.
@@ -156,21 +135,17 @@ class BlockPool:
         That is `block` itself, or, when the key is already there, the older twin: then `block` is released and the twin
         held in its stead. `parent` must be in the cache, or None for the first of a chain.
         """
-        state = self._blocks[block]
-        assert state.references > 0
-        if state.key == key:
+        assert self._references[block] > 0
+        former = self._cache.key_of(block)
+        if former == key:
             return block
-        assert state.key is None, "a block is named once"
-        twin = self._index.get(key)
+        assert former is None, "a block is named once"
+        twin = self._cache.find(key)
         if twin is not None:
             self._hold(twin)
             self.release((block,))
             return twin
-        if parent is not None:
-            self._blocks[self._index[parent]].children += 1
-        state.key, state.parent = key, parent
-        self._index[key] = block
-        self._note(key, present=True)
+        self._cache.enter(block, key, parent)
         return block
 
     # -- pins --------------------------------------------------------------------
@@ -180,7 +155,7 @@ class BlockPool:
         self._pin_count += 1
         pin = Pin(id=LeaseId(f"{self._name}-{self._pin_count}"), blocks=tuple(blocks), expires_at=expires_at)
         for block in blocks:
-            assert self._blocks[block].references > 0
+            assert self._references[block] > 0
             self._hold(block)
         self._pins[pin.id] = pin
         return pin
@@ -190,7 +165,7 @@ class BlockPool:
         pin = self._pins.get(pin_id)
         if pin is None:
             return None
-        self.release(pin.blocks[keep:])
+        self.unmatch(pin.blocks[keep:])
         self._pins[pin_id] = pin = Pin(id=pin_id, blocks=pin.blocks[:keep], expires_at=expires_at)
         return pin
 
@@ -198,7 +173,7 @@ class BlockPool:
         """End a pin; without effect when it has ended."""
         pin = self._pins.pop(pin_id, None)
         if pin is not None:
-            self.release(pin.blocks)
+            self.unmatch(pin.blocks)
 
     def pin_of(self, pin_id: LeaseId) -> Pin | None:
         """The pin, while it has not been unpinned."""
@@ -216,83 +191,53 @@ class BlockPool:
 
     def key_of(self, block: int) -> CacheKey | None:
         """The name of a block."""
-        return self._blocks[block].key
+        return self._cache.key_of(block)
 
     def keys(self) -> tuple[CacheKey, ...]:
         """Every name in the prefix cache, held or not."""
-        return tuple(self._index)
+        return self._cache.keys()
+
+    def next_idle_check(self) -> int | None:
+        """The next of the cached blocks, round and round, to look whether its bytes are still right.
+
+        None when there is none among the next few: ask again later. Look, and `discard` it if need be, before anything
+        else is asked of the pool.
+        """
+        return self._cache.next_idle()
+
+    def discard(self, block: int) -> tuple[CacheKey, ...]:
+        """Free a cached block, whose bytes are wrong, and all that grows from it. Returns the names that are gone."""
+        gone = self._cache.discard(block)
+        for freed in gone:
+            self._free.give(freed)
+        return tuple(gone.values())
 
     def take_changes(self) -> BlockChanges:
         """What changed in the prefix cache since the last call."""
-        changes, self._changes = self._changes, {}
-        return BlockChanges(
-            stored=tuple(key for key, present in changes.items() if present),
-            evicted=tuple(key for key, present in changes.items() if not present),
-        )
+        return self._cache.take_changes()
 
     def check(self) -> None:
         """Assert the pool's invariants."""
-        free = set(self._free)
+        self._free.check()
+        self._cache.check()
+        free, cached = set(self._free), set(self._cache.idle_blocks())
         assert len(free) == len(self._free), "a block is free twice"
-        cached = {i for i, b in enumerate(self._blocks) if b.references == 0 and b.key is not None}
-        assert len(cached) == self._cached
-        assert free == {i for i, b in enumerate(self._blocks) if b.references == 0 and b.key is None}
+        assert not free & cached
+        assert free | cached == {block for block, count in enumerate(self._references) if count == 0}
+        assert all(self._cache.key_of(block) is None for block in free)
         assert 0 <= self._reserved <= len(free) + len(cached), "more is promised than there is"
-        assert self._index == {b.key: i for i, b in enumerate(self._blocks) if b.key is not None}
-        children = dict.fromkeys(self._index, 0)
-        for block in self._blocks:
-            if block.key is not None and block.parent is not None:
-                children[block.parent] += 1
-                parent = self._blocks[self._index[block.parent]]
-                assert parent.references >= min(block.references, 1), "a held block grows from one that is not held"
-        assert all(self._blocks[self._index[key]].children == count for key, count in children.items())
-        leaves = set(self._leaves)
-        assert all((self._blocks[i].used, i) in leaves for i in cached if not self._blocks[i].children)
         for pin in self._pins.values():
-            assert all(self._blocks[block].references > 0 for block in pin.blocks)
+            assert all(self._references[block] > 0 for block in pin.blocks)
 
     # -- inside ----------------------------------------------------------------------
 
     def _hold(self, block: int) -> None:
-        state = self._blocks[block]
-        if state.references == 0:
-            self._cached -= 1
-        state.references += 1
+        if self._references[block] == 0:
+            self._cache.hold(block)
+        self._references[block] += 1
 
-    def _offer(self, block: int) -> None:
-        """Make a cached block that nothing grows from a candidate for eviction."""
-        state = self._blocks[block]
-        if state.references or state.key is None or state.children:
-            return
-        heapq.heappush(self._leaves, (state.used, block))
-        if len(self._leaves) > 2 * self.capacity + 64:  # stale entries: sweeping them is amortised O(1)
-            self._leaves = [(b.used, i) for i, b in enumerate(self._blocks) if self._is_leaf(b)]
-            heapq.heapify(self._leaves)
-
-    def _evict(self) -> int:
-        while True:
-            used, block = heapq.heappop(self._leaves)
-            state = self._blocks[block]
-            if self._is_leaf(state) and state.used == used:
-                break
-        key, parent = state.key, state.parent
-        assert key is not None
-        del self._index[key]
-        self._note(key, present=False)
-        self._cached -= 1
-        state.key = state.parent = None
-        if parent is not None:
-            grown_from = self._index[parent]
-            self._blocks[grown_from].children -= 1
-            self._offer(grown_from)
-        return block
-
-    @staticmethod
-    def _is_leaf(state: _Block) -> bool:
-        return state.references == 0 and state.key is not None and not state.children
-
-    def _note(self, key: CacheKey, *, present: bool) -> None:
-        if self._changes.get(key, present) == present:
-            self._changes[key] = present
-        else:
-            del self._changes[key]  # came and went, or went and came back, before anybody asked
+    def _let_go(self, block: int) -> None:
+        assert self._references[block] > 0, f"block {block} is released more often than it was held"
+        self._references[block] -= 1
+        if self._references[block] == 0 and not self._cache.let_go(block):
+            self._free.give(block)

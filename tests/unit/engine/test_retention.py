@@ -8,7 +8,7 @@ import pytest
 from covey.engine.fake import FakeRunner
 from covey.engine.limits import EngineLimits
 from covey.errors import LeaseExpired
-from covey.policy.blocks import BlockChanges, CacheKey
+from covey.policy.prefix_cache import BlockChanges, CacheKey
 from covey.testing import assert_eventually
 from covey.types.generate import Afterwards, RetainRequest
 from tests.support.engines import Shelf, assert_idle, collect, request_of, running_engine

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from covey.errors import NoSpace
-from covey.policy.blocks import BlockPool, CacheKey
+from covey.policy.blocks import BlockPool
+from covey.policy.prefix_cache import CacheKey
 from covey.types.ids import BlockHash, NamespaceId
 
 NAMESPACE = NamespaceId(b"n")
