@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from covey.errors import Unavailable
 from covey.model import gguf_tokenizer
+from covey.model.checkpoint import Checkpoint
 from covey.model.config import ModelConfig
 from covey.model.source import ModelSource
-from covey.model.weights import LayerWeights, Weights, map_weights, prepare, separate
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -38,12 +38,12 @@ def export(source: ModelSource, cache_dir: Path) -> Path:
     if folder.is_dir():
         return folder
     config = source.config()
-    weights = map_weights(prepare(source, config, cache_dir).path, config)
+    checkpoint = Checkpoint(source, config)
     draft = folder.with_suffix(".partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        save_file(tensors(weights, config), draft / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors(checkpoint, config), draft / "model.safetensors", metadata={"format": "pt"})
         (draft / "config.json").write_text(json.dumps(config_json(config), indent=2))
         _write_tokenizer(source.gguf().meta, draft)
         draft.rename(folder)
@@ -52,37 +52,40 @@ def export(source: ModelSource, cache_dir: Path) -> Path:
     return folder
 
 
-def tensors(weights: Weights, config: ModelConfig) -> dict[str, torch.Tensor]:
+def tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, torch.Tensor]:
     """The checkpoint under Hugging Face's names and in its rotary order; a tied head is left out."""
-    named = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.final_norm}
+    names = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}
     if not config.tied:
-        named["lm_head.weight"] = weights.head.rows()
-    for i, layer in enumerate(weights.layers):
-        named.update({f"model.layers.{i}.{name}": tensor for name, tensor in _layer(layer, config).items()})
-    return {name: tensor.contiguous() for name, tensor in named.items()}
+        names["lm_head"] = "lm_head.weight"
+    for i in range(config.n_layers):
+        names.update({f"{i}.{part}": f"model.layers.{i}.{name}" for part, name in _layer_names(config).items()})
+    return {name: _in_halves(checkpoint.read(part), part, config).contiguous() for part, name in names.items()}
 
 
-def _layer(layer: LayerWeights, config: ModelConfig) -> dict[str, torch.Tensor]:
-    gate, up = separate(layer.gate_up.rows(), config.intermediate, dim=0)
-    named = {
-        "input_layernorm.weight": layer.attn_norm,
-        "self_attn.o_proj.weight": layer.o.rows(),
-        "post_attention_layernorm.weight": layer.mlp_norm,
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
-        "mlp.down_proj.weight": layer.down.rows(),
+def _layer_names(config: ModelConfig) -> dict[str, str]:
+    """A layer's parts as `Checkpoint` calls them, and as Hugging Face does."""
+    names = {
+        "attn_norm": "input_layernorm.weight",
+        "q": "self_attn.q_proj.weight",
+        "k": "self_attn.k_proj.weight",
+        "v": "self_attn.v_proj.weight",
+        "o": "self_attn.o_proj.weight",
+        "mlp_norm": "post_attention_layernorm.weight",
+        "gate": "mlp.gate_proj.weight",
+        "up": "mlp.up_proj.weight",
+        "down": "mlp.down_proj.weight",
     }
-    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    for suffix, fused in (("weight", layer.qkv.rows()), ("bias", layer.qkv_bias)):
-        if fused is not None:
-            q, k, v = fused[:q_rows], fused[q_rows : q_rows + kv_rows], fused[q_rows + kv_rows :]
-            named[f"self_attn.q_proj.{suffix}"] = _halves(q, config.n_heads)
-            named[f"self_attn.k_proj.{suffix}"] = _halves(k, config.n_kv_heads)
-            named[f"self_attn.v_proj.{suffix}"] = v
-    for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
-        if norm is not None:
-            named[f"self_attn.{name}.weight"] = _halves(norm, 1)
-    return named
+    if config.qkv_bias:
+        names |= {f"{part}:bias": f"self_attn.{part}_proj.bias" for part in ("q", "k", "v")}
+    if config.qk_norm:
+        names |= {f"{part}_norm": f"self_attn.{part}_norm.weight" for part in ("q", "k")}
+    return names
+
+
+def _in_halves(tensor: torch.Tensor, part: str, config: ModelConfig) -> torch.Tensor:
+    heads = {"q": config.n_heads, "k": config.n_kv_heads, "q_norm": 1, "k_norm": 1}
+    count = heads.get(part.rpartition(".")[2].removesuffix(":bias"))
+    return tensor if count is None else _halves(tensor, count)
 
 
 def _halves(paired: torch.Tensor, heads: int) -> torch.Tensor:

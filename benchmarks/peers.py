@@ -7,6 +7,7 @@ peer whether it works, its version, or the reason why it could not be had.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,12 +28,20 @@ class PeerFailed(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """What to install from the package registry, what to take away again, and Python that prints the version."""
+    """What to install from the package registries, what to take away again, and Python that prints the version.
+
+    `requirements` come from Python's registry, `npm` from npm's (into `node_modules` of the environment).
+    """
 
     name: str
     requirements: tuple[str, ...]
     probe: str
     removed: tuple[str, ...] = ()
+    npm: tuple[str, ...] = ()
+
+    def recipe(self) -> str:
+        """What was installed, to see whether that is still what is asked for."""
+        return json.dumps({key: value for key, value in asdict(self).items() if value})
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,24 @@ PEERS = (
         # These come along built for another torch and keep vLLM from importing; text needs none of them.
         removed=("torchvision", "torchaudio", "torchcodec"),
         probe="import vllm, vllm.entrypoints.openai.api_server; print(vllm.__version__)",
+    ),
+    Peer(
+        name="transformers",
+        requirements=("transformers==5.23.0", "torch==2.13.0"),
+        probe="import torch, transformers; transformers.AutoModelForCausalLM; print(transformers.__version__)",
+    ),
+    Peer(
+        # The prebuilt libraries of llama.cpp with code for every processor; Python's registry has it only to compile
+        # (a quarter of an hour) or built for AVX2 alone.
+        name="llamacpp",
+        requirements=(),
+        npm=("@node-llama-cpp/linux-x64@3.22.1",),
+        probe=(
+            "import ctypes, json, pathlib, sys; "
+            "at = next(pathlib.Path(sys.prefix).glob('node_modules/@node-llama-cpp/*/bins/*')); "
+            "ctypes.CDLL(next(map(str, at.glob('libllama.v*.so')))); "
+            "print(json.loads((at / '_nlcBuildMetadata.json').read_text())['buildOptions']['llamaCpp']['release'])"
+        ),
     ),
 )
 
@@ -84,7 +111,7 @@ def write_states(states: dict[str, PeerState], root: Path = ROOT) -> None:
 def set_up(peer: Peer, root: Path = ROOT) -> PeerState:
     """Install a peer unless the same recipe is installed already, then see whether it imports. Never raises."""
     marker = root / peer.name / "recipe.json"
-    recipe = json.dumps(asdict(peer))
+    recipe = peer.recipe()
     try:
         if not marker.exists() or marker.read_text() != recipe:
             _install(peer, root)
@@ -101,12 +128,25 @@ def _install(peer: Peer, root: Path) -> None:
     log = root / f"{peer.name}.log"
     log.unlink(missing_ok=True)
     say(peer.name, "making its environment")
-    run_logged(peer.name, [sys.executable, "-m", "venv", "--clear", str(root / peer.name)], log)
+    bare = () if peer.requirements else ("--without-pip",)
+    run_logged(peer.name, [sys.executable, "-m", "venv", "--clear", *bare, str(root / peer.name)], log)
     pip = [str(python_of(peer.name, root)), "-m", "pip", "--disable-pip-version-check"]
-    say(peer.name, f"installing {' '.join(peer.requirements)} (gigabytes; log: {log})")
-    run_logged(peer.name, [*pip, "install", "--progress-bar", "off", *peer.requirements], log)
+    say(peer.name, f"installing {' '.join((*peer.requirements, *peer.npm))} (log: {log})")
+    if peer.requirements:
+        run_logged(peer.name, [*pip, "install", "--progress-bar", "off", *peer.requirements], log)
     if peer.removed:
         run_logged(peer.name, [*pip, "uninstall", "--yes", *peer.removed], log)
+    if peer.npm:
+        _install_npm(peer, root, log)
+
+
+def _install_npm(peer: Peer, root: Path, log: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise PeerFailed("there is no npm on this machine, and its prebuilt libraries come from npm's registry")
+    run_logged(
+        peer.name, [npm, "install", "--no-audit", "--no-fund", "--prefix", str(root / peer.name), *peer.npm], log
+    )
 
 
 def run_logged(name: str, command: Sequence[str], log: Path, limit_s: float = INSTALL_LIMIT_S) -> None:

@@ -71,7 +71,7 @@ def add_limit(report: Report, limits: Limits, config: ModelConfig) -> None:
     An open loop gives no such ratio: below saturation its throughput is what was asked for, and at a batch above 1
     the weights are read once for several tokens.
     """
-    reads, operations = [limits.read_bytes_per_s / 1e9], [limits.operations_per_s / 1e9]
+    reads, operations = [limits.read_bytes_per_s / 1e9], [limits.operations_per_s["fp32"] / 1e9]
     report.add(case="machine", system="limit", metric="read_gb_per_s", unit="GB/s", samples=reads)
     report.add(case="machine", system="limit", metric="product_gflop_per_s", unit="GFLOP/s", samples=operations)
     best = limits.decode_tokens_per_s(config)

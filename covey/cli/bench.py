@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import click
@@ -12,8 +13,11 @@ from rich.console import Console
 
 from covey.cli.files import MeshFiles
 from covey.cli.mesh import MeshPlan
-from covey.cli.models import parse_models
+from covey.cli.models import DEFAULT, parse_models
 from covey.cli.state import ready_home
+
+if TYPE_CHECKING:
+    from benchmarks.report import Report
 
 
 @click.group()
@@ -34,14 +38,65 @@ def serve(
     """A whole mesh under an open loop of chat requests."""
     from benchmarks import serve as benchmark
 
-    data = data or (Path(os.environ["COVEY_DATA"]) if os.environ.get("COVEY_DATA") else None)
     console = Console(stderr=target == "-")
     local, remotes = parse_models(models)
+    given = data or _data()
     with tempfile.TemporaryDirectory(prefix="covey-bench-") as run_dir:
         files = MeshFiles(run_dir=Path(run_dir), cache_dir=ready_home() / "cache")
         plan = MeshPlan(files=files, models=local, remotes=remotes)
-        report = anyio.run(lambda: benchmark.run(plan, console, quick=quick, peers=peers, data=data, plots=plots))
+        report = anyio.run(lambda: benchmark.run(plan, console, quick=quick, peers=peers, data=given, plots=plots))
+    _publish(report, console, target, plots / "serve.png")
+
+
+@bench.command()
+@click.option("--peers", is_flag=True, help="Measure those that `make peers` has set up, too.")
+@click.option("--quick", is_flag=True, help="End within five minutes.")
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Public data; $COVEY_DATA.")
+@click.option("--json", "target", help="Write the result here; - for standard output.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), default=Path(".bench"), show_default=True)
+@click.option("--model", default=DEFAULT, show_default=True, help="A packaged name, a folder, or a .gguf file.")
+def engine(peers: bool, quick: bool, data: Path | None, target: str | None, plots: Path, model: str) -> None:
+    """Prefill and decode of the engine's runner, beside its peers and what the machine can do."""
+    from benchmarks import engine as benchmark
+
+    console = Console(stderr=target == "-")
+    with tempfile.TemporaryDirectory(prefix="covey-bench-") as run_dir:
+        report = benchmark.run(
+            model,
+            ready_home() / "cache",
+            Path(run_dir),
+            console,
+            quick=quick,
+            with_peers=peers,
+            data=data or _data(),
+            plots=plots,
+        )
+    _publish(report, console, target, plots / "engine.png")
+
+
+@bench.command()
+@click.option("--quick", is_flag=True, help="Two thousand tokens instead of eight thousand.")
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Public data; $COVEY_DATA.")
+@click.option("--json", "target", help="Write the result here; - for standard output.")
+@click.option("--model", default=DEFAULT, show_default=True, help="A packaged name, a folder, or a .gguf file.")
+def precision(quick: bool, data: Path | None, target: str | None, model: str) -> None:
+    """Perplexity on a fixed text, and memory, of every precision of weights and of keys and values."""
+    from benchmarks import perplexity as benchmark
+
+    console = Console(stderr=target == "-")
+    report = benchmark.run(model, ready_home() / "cache", console, quick=quick, data=data or _data())
+    _publish(report, console, target, None)
+
+
+def _data() -> Path | None:
+    """The folder of public data that the environment names."""
+    return Path(os.environ["COVEY_DATA"]) if os.environ.get("COVEY_DATA") else None
+
+
+def _publish(report: Report, console: Console, target: str | None, plot: Path | None) -> None:
+    """A table for people, unless the object goes to standard output; and the object."""
     if target != "-":
         report.print(console)
-        console.print(f"plots: {plots / 'serve.png'}")
+        if plot is not None:
+            console.print(f"plots: {plot}")
     report.write(target)

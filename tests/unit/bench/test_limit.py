@@ -14,9 +14,9 @@ def test_the_packaged_model_reads_each_weight_once_a_token() -> None:
     weights = decode_weights(config)
     # 134.5 million parameters, of which only the 61 norms are no matrices; the head is the table of embeddings.
     assert weights == 134_515_008 - 61 * 576
-    reading = Limits(read_bytes_per_s=25e9, operations_per_s=1e15)
+    reading = Limits(read_bytes_per_s=25e9, operations_per_s={"fp32": 1e15})
     assert reading.decode_tokens_per_s(config) == pytest.approx(25e9 / (4 * weights))
-    computing = Limits(read_bytes_per_s=1e15, operations_per_s=100e9)
+    computing = Limits(read_bytes_per_s=1e15, operations_per_s={"fp32": 100e9})
     assert computing.decode_tokens_per_s(config) == pytest.approx(100e9 / (2 * weights))
 
 

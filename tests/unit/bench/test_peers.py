@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -25,14 +26,25 @@ def write_wheel(folder: Path, name: str, code: str) -> Path:
     return path
 
 
-def test_what_can_be_had_is_installed_once_and_the_rest_is_listed_with_its_reason(tmp_path: Path) -> None:
+def write_npm(folder: Path, script: str) -> None:
+    """An `npm` of our own."""
+    folder.mkdir()
+    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "npm").chmod(0o755)
+
+
+def test_what_can_be_had_is_installed_once_and_the_rest_is_listed_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / ".peers"
+    write_npm(tmp_path / "bin", "echo 'ERROR: nobody-offers-this'; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     good = write_wheel(tmp_path, "goodpeer", "version = '1.2'\n")
     extra = write_wheel(tmp_path, "unwanted", "raise SystemExit('built for something else')\n")
     probe = "import goodpeer, importlib.util as u; assert not u.find_spec('unwanted'); print(goodpeer.version)"
     recipes = (
         Peer(name="good", requirements=("--no-index", str(good), str(extra)), removed=("unwanted",), probe=probe),
-        Peer(name="absent", requirements=("--no-index", "nobody-offers-this"), probe="print()"),
+        Peer(name="absent", requirements=(), npm=("nobody-offers-this",), probe="print()"),
     )
     assert main(root, recipes) == 0
     assert read_state("good", root) == PeerState(ok=True, version="1.2")
@@ -50,6 +62,21 @@ def test_what_can_be_had_is_installed_once_and_the_rest_is_listed_with_its_reaso
     broken = set_up(recipes[0], root)
     assert not broken.ok
     assert "does not import" in broken.reason
+
+
+def test_what_npm_brings_lies_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_npm(tmp_path / "bin", 'mkdir -p "$5/node_modules/good" && echo "$6" > "$5/node_modules/good/asked"')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    probe = "import pathlib, sys; print((pathlib.Path(sys.prefix) / 'node_modules/good/asked').read_text())"
+    peer = Peer(name="good", requirements=(), npm=("good@1",), probe=probe)
+    assert set_up(peer, tmp_path) == PeerState(ok=True, version="good@1")
+
+
+def test_without_npm_the_reason_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    state = set_up(Peer(name="good", requirements=(), npm=("good@1",), probe="print()"), tmp_path)
+    assert not state.ok
+    assert "there is no npm" in state.reason
 
 
 def test_without_make_peers_the_state_says_to_run_it(tmp_path: Path) -> None:

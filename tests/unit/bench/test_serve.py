@@ -123,7 +123,7 @@ async def test_the_limit_is_a_share_of_the_roofline() -> None:
     await bench.run(SlowServer(gap_s=0.1), [])
     report = Report("serve")
     bench.write(report)
-    limits = Limits(read_bytes_per_s=25e9, operations_per_s=100e9)
+    limits = Limits(read_bytes_per_s=25e9, operations_per_s={"fp32": 100e9})
     add_limit(report, limits, CONFIG)
     assert report.ratios == {"decode_tokens_per_s/b1/limit": pytest.approx(10.0 / limits.decode_tokens_per_s(CONFIG))}
     assert report.value(case="machine", system="limit", metric="read_gb_per_s") == 25.0
