@@ -94,13 +94,16 @@ async def collect(engine: Engine, request: GenerateRequest, on_event: Callable[[
 
 
 class Shelf:
-    """The in-memory store, with faults: `is_down` makes every call fail, `slow_s` makes it wait first."""
+    """The in-memory store, with faults: `is_down` makes every call fail, `slow_s` makes it wait first, `forgets` makes
+    every look-up a miss.
+    """
 
     def __init__(self) -> None:
         self._clock = MonotonicClock()
         self._store = MemoryBlockStore(clock=self._clock)
         self.is_down = False
         self.slow_s = 0.0
+        self.forgets = False
 
     @property
     def stats(self) -> StoreStats:
@@ -131,7 +134,7 @@ class Shelf:
 
     async def lookup(self, key: StoreKey, hashes: Sequence[BlockHash], *, owner: str, ttl_s: float) -> Held:
         await self._pass()
-        return await self._store.lookup(key, hashes, owner=owner, ttl_s=ttl_s)
+        return await self._store.lookup(key, () if self.forgets else hashes, owner=owner, ttl_s=ttl_s)
 
     async def load(self, held: Held, into: Sequence[memoryview]) -> int:
         await self._pass()
