@@ -65,14 +65,16 @@ def write_reference(config: Any, folder: Path) -> Any:
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("kernels", [None, "torch"], ids=["native", "torch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers(family: str, kernels: str | None, tmp_path: Path) -> None:
     folder = tmp_path / family
     model = write_reference(FAMILIES[family], folder)
     tokens = torch.randint(0, VOCAB_SIZE, (90,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.inference_mode():
         expected = torch.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1).numpy()
-    runner = open_runner(str(folder), cache_dir=tmp_path / "cache", n_blocks=20, block_size=8)
+    runner = open_runner(str(folder), cache_dir=tmp_path / "cache", n_blocks=20, block_size=8, kernels=kernels)
+    assert (runner.kernels == "torch") == (kernels == "torch")
     table = [3, 17, 0, 5, 11, 2, 19, 8, 1, 14, 13, 6]
     steps = [(0, 30), (30, 31), (31, 70), *((i, i + 1) for i in range(70, 90))]
     for start, end in steps:
