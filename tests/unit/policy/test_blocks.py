@@ -163,6 +163,29 @@ class PoolMachine(RuleBasedStateMachine):
     def end(self, index: int) -> None:
         self.pool.release(self.sequences.pop(index % len(self.sequences)))
 
+    @rule(path=st.lists(st.integers(0, 2), min_size=1, max_size=5))
+    def ask(self, path: list[int]) -> None:
+        self.pool.unmatch(self.pool.match(keys(*path)))
+
+    @rule()
+    def find_a_bad_one(self) -> None:
+        block = self.pool.next_idle_check()
+        assert (block is None) == (self.pool.cached == 0)
+        if block is not None:
+            name, cached = self.pool.key_of(block), self.pool.cached
+            gone = self.pool.discard(block)
+            assert gone[0] == name
+            assert not set(gone) & set(self.pool.keys())
+            assert self.pool.cached == cached - len(gone)
+
+    @precondition(lambda self: self.sequences)
+    @rule(index=st.integers(0, 100), count=st.integers(1, 3), room=st.integers(0, 9))
+    def grow(self, index: int, count: int, room: int) -> None:
+        blocks = self.sequences[index % len(self.sequences)]
+        if count <= self.pool.available:
+            self.pool.reserve(count)
+            blocks += self.pool.take(count, after=blocks[-1], room=room)
+
     @precondition(lambda self: self.sequences)
     @rule(index=st.integers(0, 100), ttl=st.floats(0, 5))
     def pin(self, index: int, ttl: float) -> None:
