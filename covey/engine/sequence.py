@@ -104,6 +104,7 @@ class Sequence:
     def sample_spec(self) -> SampleSpec:
         """How to draw the token after the last one."""
         sampling = self.request.sampling
+        may_end = self.generated >= sampling.min_tokens
         return SampleSpec(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -118,8 +119,8 @@ class Sequence:
             logprobs=sampling.logprobs,
             history=tuple(self.tokens) if _has_penalty(self.request) else (),
             prompt_len=self.prompt_len,
-            banned=self.eos_ids if self.generated < sampling.min_tokens else (),
-            mask=self.grammar.mask() if self.grammar is not None else None,
+            banned=() if may_end or self.grammar is not None else self.eos_ids,
+            mask=self.grammar.mask(may_end=may_end) if self.grammar is not None else None,
         )
 
     @property

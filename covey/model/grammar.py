@@ -163,21 +163,21 @@ class GrammarState:
         self._stops = stops
         self._ends_early = ends_early
         self._filler = filler
-        self._mask: _Mask | None = None
+        self._filled: Future[NDArray[np.int32]] | None = None
         self.is_over = False
         """Whether nothing may follow: the end of text was drawn, or is all that could be."""
 
-    def mask(self) -> TokenMask:
-        """What may be drawn next; it is being filled from now on."""
-        if self._mask is None:
-            self._mask = _Mask(self._filler.submit(self._fill))
-        return self._mask
+    def mask(self, *, may_end: bool = True) -> TokenMask:
+        """What may be drawn next, being filled from now on; the end of text only where it may end or must."""
+        if self._filled is None:
+            self._filled = self._filler.submit(self._fill)
+        return _Mask(self._filled, None if may_end else self._stops)
 
     def advance(self, token: int) -> None:
         """Move on by a drawn token. Raises FailedPrecondition when it may not follow: the grammar has a dead end."""
-        if self._mask is not None:
-            self._mask.words()
-            self._mask = None
+        if self._filled is not None:
+            self._filled.result()  # nobody else may look at the matcher while it moves
+            self._filled = None
         if self.is_over or not self._matcher.accept_token(token):
             raise FailedPrecondition(f"no token of this model continues the grammar (token {token})", field="grammar")
         self.is_over = self._matcher.is_terminated() or (self._ends_early and self.must_end())
@@ -188,7 +188,10 @@ class GrammarState:
             return True
         if not self._matcher.is_completed():
             return False
-        return not np.any(self.mask().words() & ~self._stops)
+        if self._filled is None:
+            self._filled = Future()
+            self._filled.set_result(self._fill())
+        return not np.any(self._filled.result() & ~self._stops)
 
     def _fill(self) -> NDArray[np.int32]:
         """The mask; of a dead end, where nothing may follow, all tokens: `advance` then says what is wrong."""
@@ -204,11 +207,16 @@ class GrammarState:
 class _Mask:
     """A mask that is being filled."""
 
-    def __init__(self, filled: Future[NDArray[np.int32]]) -> None:
+    def __init__(self, filled: Future[NDArray[np.int32]], banned: NDArray[np.int32] | None) -> None:
         self._filled = filled
+        self._banned = banned
 
     def words(self) -> NDArray[np.int32]:
-        return self._filled.result()
+        words = self._filled.result()
+        if self._banned is None:
+            return words
+        rest: NDArray[np.int32] = words & ~self._banned
+        return rest if rest.any() else words
 
 
 def _words(tokens: Sequence[int], vocab_size: int) -> NDArray[np.int32]:

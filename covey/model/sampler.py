@@ -24,9 +24,8 @@ _COLD = 1e-3
 def draw(logits: _Logits, spec: SampleSpec) -> Draw:
     """Draw from `logits` [vocab], which stay unchanged.
 
-    Order: repetition, presence and frequency penalties, bias, bans, mask, temperature, top-k, top-p, min-p. Bans that
-    leave nothing of what the mask allows are passed over. The reported log probabilities are the model's own, before
-    all of these.
+    Order: repetition, presence and frequency penalties, bias, bans, mask, temperature, top-k, top-p, min-p. Reported
+    log probabilities are the model's own, before all of these.
     """
     values, ids = _choices(logits, spec)
     at = int(np.argmax(values)) if spec.temperature <= 0.0 else _draw_random(values, spec)
@@ -51,31 +50,25 @@ def uniform(seed: int, position: int) -> float:
 def _choices(logits: _Logits, spec: SampleSpec) -> tuple[_Logits, _Ids | None]:
     """The adjusted logits of what may be drawn, and their ids where these are not simply their places."""
     adjusted = _adjust(logits, spec)
-    free = adjusted
-    if spec.banned:
-        adjusted = adjusted.copy()
-        adjusted[list(spec.banned)] = -np.inf
     if spec.mask is None:
         return adjusted, None
     allowed = np.unpackbits(spec.mask.words().view(np.uint8), bitorder="little")[: logits.size]
     if np.count_nonzero(allowed) * _FEW < logits.size:
         ids: _Ids = np.flatnonzero(allowed)
-        values = adjusted[ids]
-        return (free[ids] if spec.banned and values.max() == -np.inf else values), ids
-    masked = np.where(allowed.view(np.bool_), adjusted, np.float32(-np.inf))
-    if spec.banned and masked.max() == -np.inf:
-        masked = np.where(allowed.view(np.bool_), free, np.float32(-np.inf))
-    return masked, None
+        return adjusted[ids], ids
+    return np.where(allowed.view(np.bool_), adjusted, np.float32(-np.inf)), None
 
 
 def _adjust(logits: _Logits, spec: SampleSpec) -> _Logits:
-    if not (spec.has_penalty or spec.logit_bias):
+    if not (spec.has_penalty or spec.logit_bias or spec.banned):
         return logits
     adjusted = logits.copy()
     if spec.has_penalty:
         _penalise(adjusted, spec)
     for token, bias in spec.logit_bias:
         adjusted[token] += bias
+    if spec.banned:
+        adjusted[list(spec.banned)] = -np.inf
     return adjusted
 
 
