@@ -25,6 +25,10 @@ class Board:
     """Hand-overs whose blocks the store did not take."""
     demoted_blocks: int = 0
     lost_demotions: int = 0
+    verified_blocks: int = 0
+    """Idle looks at cached blocks that found them as they were."""
+    corrupt_blocks: int = 0
+    """Cached blocks that had changed; they were dropped."""
     drafted_tokens: int = 0
     """Guesses of speculative decoding."""
     accepted_tokens: int = 0

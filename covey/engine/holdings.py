@@ -29,12 +29,12 @@ class Holdings:
         matched = self._pool.match(seq.chain.keys[: self.reusable(seq)])
         needed = self._promises.promise(seq, matched, (other for other in live if other.blocks))
         if needed is None:
-            self._pool.release(matched)
+            self._pool.unmatch(matched)
             return False
         try:
             self._pool.reserve(needed)
         except NoSpace:
-            self._pool.release(matched)
+            self._pool.unmatch(matched)
             return False
         seq.blocks = list(matched)
         seq.promised = needed
@@ -60,7 +60,8 @@ class Holdings:
             except NoSpace:
                 return False
             seq.promised += beyond
-        seq.blocks += self._pool.take(missing)
+        last, room = (seq.blocks[-1] if seq.blocks else None), max(missing, seq.blocks_needed - len(seq.blocks))
+        seq.blocks += self._pool.take(missing, after=last, room=room)
         seq.promised -= missing
         return True
 

@@ -22,6 +22,7 @@ from .background import Background
 from .board import Board
 from .endings import cancelled, failed, finished
 from .holdings import Holdings
+from .integrity import Integrity
 from .limits import EngineLimits
 from .loading import Loader
 from .migration import Migration
@@ -68,6 +69,7 @@ class Lifecycle:
             self.pool, transfers, limits, owner=f"{worker}/retention", block_bytes=info.block_bytes
         )
         self.migration = Migration(self.pool, transfers, limits, worker=worker, clock=clock)
+        self.integrity = Integrity(self.pool, runner)
         self.step: RunningStep | None = None
         """The step under way."""
         self._promises = make_promises(limits.admission, self.pool, info.block_size)

@@ -161,7 +161,7 @@ class Migration:
                 raise Overloaded("no room for the ticket's blocks", retry_after_ms=1000)
             self._pool.reserve(missing)
             first = len(held)
-            held += self._pool.take(missing)
+            held += self._pool.take(missing, after=held[-1] if held else None, room=missing)
             tenant, owner = ask.request.tenant, f"{self._worker}/adopt"
             fetched = await transfers.fetch(tenant, _stretches(names), held[first:], skip=first, owner=owner)
             good = first + fetched.blocks

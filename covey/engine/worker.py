@@ -68,6 +68,8 @@ def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
         "bare_handovers": board.bare_handovers,
         "demoted_blocks": board.demoted_blocks,
         "lost_demotions": board.lost_demotions,
+        "verified_blocks": board.verified_blocks,
+        "corrupt_blocks": board.corrupt_blocks,
         "drafted_tokens": board.drafted_tokens,
         "accepted_tokens": board.accepted_tokens,
         "preemptions": board.preemptions,
