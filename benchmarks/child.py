@@ -15,7 +15,7 @@ from covey.clock import Clock
 from covey.errors import DeadlineExceeded, Unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE_S = 5.0
+GRACE_S = 2.0
 LOG_TAIL_LINES = 12
 READ_BYTES = 1 << 16
 # The project's folder comes last: nothing in it hides a package of the environment that runs the driver.

@@ -22,6 +22,9 @@ SCHEMAS: tuple[Mapping[str, Any], ...] = (
 _STRIDE = 61
 """By so many tokens the text is turned from one prompt to the next, so that no two begin alike."""
 
+_PROMPTS_MAX = 100
+"""More than a round has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -111,7 +114,9 @@ class _Prompts:
     """Cuts prompts out of a text that begins anew at its end."""
 
     def __init__(self, text: Sequence[int], salt: int) -> None:
-        self._text, self._at = list(text), salt * 17 * _STRIDE
+        # A stride that divides the length would come back to the same few places.
+        self._text = list(text[:-1]) if len(text) % _STRIDE == 0 else list(text)
+        self._at = salt * _PROMPTS_MAX * _STRIDE
 
     def prompt(self, count: int) -> list[int]:
         self._at += _STRIDE
