@@ -41,12 +41,54 @@ class ObjectiveKind(StrEnum):
     DEADLINE = "DEADLINE"
 
 
+class ToolChoice(StrEnum):
+    """`AUTO` leaves it to the model, `REQUIRED` makes it call some function, `NAMED` the one that is named."""
+
+    AUTO = "AUTO"
+    NONE = "NONE"
+    REQUIRED = "REQUIRED"
+    NAMED = "NAMED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionCall:
+    """A function that the model asks the caller to run; `arguments` is a JSON text."""
+
+    id: str = bounded(size=256)
+    name: str = bounded(size=64)
+    arguments: str = bounded(size=TEXT_CHARS_MAX)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn; in a semantic call `content` is a template that may name `{{variables}}`."""
+    """One turn; in a semantic call `content` is a template that may name `{{variables}}`.
+
+    An assistant's turn may consist of calls; a `tool` turn answers the call of `tool_call_id`.
+    """
 
     role: str = bounded(size=16)
     content: str = bounded(size=TEXT_CHARS_MAX)
+    tool_calls: tuple[FunctionCall, ...] = bounded(size=128, default=())
+    tool_call_id: str = bounded(size=256, default="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionTool:
+    """A function that the model may ask for; `parameters` is the JSON schema of its arguments, as a text."""
+
+    name: str = bounded(size=64)
+    description: str = bounded(size=16_384, default="")
+    parameters: str = bounded(size=65_536, default="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tooling:
+    """The functions of a conversation and which of them must be called; `name` belongs to `NAMED`."""
+
+    tools: tuple[FunctionTool, ...] = bounded(size=128)
+    choice: ToolChoice = ToolChoice.AUTO
+    name: str = bounded(size=64, default="")
+    parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +110,8 @@ class CallParams:
     ignore_eos: bool = False
     stop: tuple[str, ...] = bounded(size=16, default=())
     n: int = bounded(low=1, high=128, default=1)
+    grammar: str = bounded(size=65536, default="")
+    """What the answer must look like; see `covey.types.grammar`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +121,7 @@ class ChatRequest:
     params: CallParams
     cache: CacheMode = CacheMode.USE
     deadline_s: float = bounded(low=0, high=86400, default=0.0)
+    tooling: Tooling | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +142,16 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallDelta:
+    """More of the `index`-th call of a choice: its first delta carries id and name, all carry more `arguments`."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """New text of choice `index`; `ids` are its tokens."""
 
@@ -104,6 +159,7 @@ class Delta:
     text: str
     ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
