@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from time import perf_counter
 from typing import get_args
 
 import pytest
@@ -242,3 +243,26 @@ def test_everybody_finishes_whatever_is_interrupted_and_swapped(
             break
     assert not runner.known, "somebody starves"
     assert policy.waiting == policy.running == 0
+
+
+def plan_s(name: Batching, *, running: int, waiting: int) -> float:
+    """Seconds of a plan, the best of several, with half of the running decoding."""
+    limits = BatchLimits(batching=name, max_tokens=2 * running, max_running=running, queue_max=waiting)
+    policy = make_batcher(limits, n_layers=N_LAYERS)
+    for seq in range(running + waiting):
+        policy.submit(seq, Demand(tokens=1 + 99 * (seq % 2), first_token_by=float(seq)))
+        for admitted in policy.admit(lambda seq: seq < running, 0.0):
+            policy.start(admitted, computed=0, known=1 + 99 * (admitted % 2))
+    took = []
+    for _ in range(15):
+        began = perf_counter()
+        policy.plan(0.0)
+        took.append(perf_counter() - began)
+    return min(took)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planning_grows_no_faster_than_what_is_planned(name: Batching) -> None:
+    small = plan_s(name, running=64, waiting=256)
+    large = plan_s(name, running=640, waiting=2560)
+    assert large <= 40 * small, f"10 times the work took {large / small:.0f} times as long"

@@ -176,3 +176,47 @@ class BatchMachine(RuleBasedStateMachine):
 
 BatchMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestBatch = BatchMachine.TestCase
+
+
+def test_drafts_fill_what_decoding_leaves_and_leave_prefill_its_least() -> None:
+    policy = batcher(max_tokens=16, max_running=4, chunk_min=6)
+    for seq in (1, 2, 3):
+        policy.submit(seq, Demand(tokens=10))
+        admit_all(policy)
+        policy.start(seq, computed=9, known=10)
+    offers = {1: 8, 2: 8, 3: 8}
+    assert [(c.seq, c.draft) for c in policy.plan(0.0, offers)] == [(1, 8), (2, 5), (3, 0)]
+    policy.submit(4, Demand(tokens=20))
+    admit_all(policy)
+    policy.start(4, computed=0, known=20)
+    plan = policy.plan(0.0, offers)
+    assert [(c.seq, c.count, c.draft) for c in plan] == [(1, 1, 7), (2, 1, 0), (3, 1, 0), (4, 6, 0)]
+    policy.apply(plan, {1: 5, 2: 1, 3: 1}, 0.01)
+    assert [policy.computed(seq) for seq in (1, 2, 3, 4)] == [14, 10, 10, 6]
+    assert [(c.seq, c.start, c.count) for c in policy.plan(0.0)][:2] == [(1, 14, 1), (2, 10, 1)]
+
+
+def test_a_draw_that_got_lost_is_drawn_again() -> None:
+    policy = batcher()
+    policy.submit(1, Demand(tokens=5))
+    admit_all(policy)
+    policy.start(1, computed=0, known=5)
+    policy.apply(policy.plan(0.0), {}, 0.01)
+    assert [(c.start, c.count, c.is_drawn) for c in policy.plan(0.0)] == [(4, 1, True)]
+
+
+def test_what_was_suspended_comes_again_as_it_was_even_when_the_budget_shrank() -> None:
+    policy = batcher(max_tokens=32, max_running=4, chunk_min=4)
+    for seq in (1, 2):
+        policy.submit(seq, Demand(tokens=100))
+        admit_all(policy)
+    policy.start(1, computed=0, known=100)
+    plan = policy.plan(0.0)
+    assert [(c.start, c.count) for c in plan] == [(0, 32)]
+    policy.start(2, computed=99, known=100)
+    policy.apply(plan, {}, 10.0, suspended={1: 2})
+    plan = policy.plan(0.0)
+    assert [(c.seq, c.start, c.count, c.first_layer) for c in plan] == [(2, 99, 1, 0), (1, 0, 32, 2)]
+    assert sum(c.tokens for c in plan) <= policy.limits.step_tokens_max
+    policy.apply(plan, {2: 1}, 10.0)
+    assert policy.computed(1) == 32
