@@ -18,7 +18,11 @@ class LapsLimits:
     """When short prompts go."""
 
     short_max: int = 256
-    """Up to this many tokens to compute a prompt is short: below, reading the weights costs more than computing."""
+    """Up to this many tokens to compute a prompt is short: below, moving memory takes longer than computing.
+
+    With times fitted as `alpha L (L + 2 H) + beta L` and `gamma L + delta H`, H being the tokens before, that is
+    (gamma - beta) / alpha.
+    """
     depth_max: int = 16
     """Short prompts never wait for more than this many of them."""
     wait_min_s: float = 0.0
@@ -29,14 +33,6 @@ class LapsLimits:
     """A prompt with less slack than this makes the batch go at once."""
     turns_max: int = 4
     """Batches of short prompts in a row while a long one waits."""
-
-
-def short_boundary(alpha: float, beta: float, gamma_w: float) -> float:
-    """The length in tokens from which on computing takes longer than moving memory.
-
-    The times are fitted as `alpha L (L + 2 H) + beta L` and `gamma_w L + gamma_r H`, H being the tokens before.
-    """
-    return max(0.0, (gamma_w - beta) / alpha)
 
 
 class ShortAndLong:

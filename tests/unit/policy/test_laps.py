@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from covey.policy.batch_limits import BatchLimits
 from covey.policy.batch_policies import make_batcher
 from covey.policy.batching import Batcher
-from covey.policy.laps import LapsLimits, short_boundary
+from covey.policy.laps import LapsLimits
 from covey.policy.ledger import Demand
 
 LAPS = LapsLimits(short_max=50, depth_max=4, wait_max_s=1.0, guard_s=0.0, hurry_s=0.1, turns_max=2)
@@ -33,11 +33,6 @@ def step(policy: Batcher, now: float) -> list[int]:
         if chunk.is_drawn:
             policy.remove(chunk.seq)
     return [chunk.seq for chunk in plan]
-
-
-def test_the_boundary_is_where_computing_takes_as_long_as_memory() -> None:
-    assert short_boundary(alpha=0.5, beta=1.0, gamma_w=129.0) == 256.0
-    assert short_boundary(alpha=0.5, beta=2.0, gamma_w=1.0) == 0.0
 
 
 def test_short_ones_gather_until_the_window_closes() -> None:
