@@ -15,10 +15,10 @@ from tokenizers import pre_tokenizers
 
 from covey.model.runner import open_runner
 from covey.model.tokenizer import open_tokenizer
+from tests.support.families import FAMILIES, SHAPE, write_reference
 from tests.support.tiny_llama import EOS_ID, SPECIAL, VOCAB_SIZE
 
 from .driving import log_probabilities, row
-from .test_golden import FAMILIES, SHAPE, write_reference
 
 QUANTISABLE = {**SHAPE, "hidden_size": 96, "intermediate_size": 128, "num_attention_heads": 6}
 
