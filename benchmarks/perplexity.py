@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.limit import BYTES_PER_WEIGHT, decode_weights
 from benchmarks.prompts import OWN
 from benchmarks.report import Report
 from covey.errors import InvalidArgument
@@ -43,10 +44,13 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """Mean negative log likelihood of each window, in nats a token, and what the setting takes."""
+    """Mean negative log likelihood of each window, in nats a token, and what the setting takes: the weights' file, how
+    much of it a decoding step reads, and a token's keys and values.
+    """
 
     losses: tuple[float, ...]
     weight_bytes: int
+    read_bytes_per_step: int
     kv_bytes_per_token: float
 
     @property
@@ -87,6 +91,7 @@ def measure(model: str, cache_dir: Path, weights: Precision, kv: KvDtype, window
     try:
         return Quality(
             losses=tuple(losses(runner, windows)),
+            read_bytes_per_step=decode_weights(source.config()) * BYTES_PER_WEIGHT[weights],
             weight_bytes=prepare(source, source.config(), cache_dir, weights).path.stat().st_size,
             kv_bytes_per_token=runner.info.block_bytes / BLOCK_TOKENS,
         )
@@ -125,11 +130,12 @@ def add_rows(report: Report, found: dict[str, Quality]) -> None:
         # Window by window: the text's own ups and downs, which are the same in every setting, cancel out.
         pairs = zip(quality.losses, reference.losses, strict=True)
         changes = [100.0 * math.expm1(mine - theirs) for mine, theirs in pairs]
-        weight_mib, kv_bytes = quality.weight_bytes / 2**20, quality.kv_bytes_per_token
+        kv_bytes = quality.kv_bytes_per_token
         for metric, unit, samples in (
             ("perplexity", "", [quality.perplexity]),
             ("perplexity_change", "%", changes),
-            ("weights", "MiB", [weight_mib]),
+            ("weights", "MiB", [quality.weight_bytes / 2**20]),
+            ("weights_read_per_step", "MiB", [quality.read_bytes_per_step / 2**20]),
             ("kv_bytes_per_token", "bytes", [kv_bytes]),
         ):
             report.add(case=name, system="covey", metric=metric, unit=unit, samples=samples)

@@ -24,7 +24,7 @@ class Uniform:
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary() -> None:
     found = tuple(losses(Uniform(), [[1, 2, 3], [4, 5, 6]]))
-    quality = Quality(losses=found, weight_bytes=1, kv_bytes_per_token=1.0)
+    quality = Quality(losses=found, weight_bytes=1, read_bytes_per_step=1, kv_bytes_per_token=1.0)
     assert quality.perplexity == pytest.approx(100.0)
 
 
@@ -39,8 +39,8 @@ def test_windows_are_of_equal_length_and_never_more_than_asked_for() -> None:
 
 def test_the_change_is_against_the_first_setting() -> None:
     report = Report("precision")
-    first = Quality(losses=(2.0, 3.0), weight_bytes=4 << 20, kv_bytes_per_token=400.0)
-    second = Quality(losses=(2.01, 3.01), weight_bytes=1 << 20, kv_bytes_per_token=100.0)
+    first = Quality(losses=(2.0, 3.0), weight_bytes=4 << 20, read_bytes_per_step=1, kv_bytes_per_token=400.0)
+    second = Quality(losses=(2.01, 3.01), weight_bytes=1 << 20, read_bytes_per_step=1, kv_bytes_per_token=100.0)
     add_rows(report, {"fp32-kv-fp32": first, "int8-kv-int8": second})
     found = {(row.case, row.metric): row.value for row in report.rows}
     assert found["fp32-kv-fp32", "perplexity_change"] == 0.0
