@@ -249,6 +249,25 @@ async def test_a_broken_row_fails_alone() -> None:
         await assert_idle(engine)
 
 
+async def test_a_broken_chunk_of_a_prompt_fails_it_at_once() -> None:
+    runner = FakeRunner(bad_token=77, step_s=0.002, n_blocks=96)
+    limits = EngineLimits(batch=BatchLimits(max_tokens=16, max_running=8, chunk_min=8))
+    async with running_engine(runner, limits=limits) as engine, anyio.create_task_group() as tg:
+        answers = {}
+
+        async def ask(name: str, tokens: tuple[int, ...]) -> None:
+            answers[name] = await collect(engine, request_of(tokens, request_id=name, max_tokens=60))
+
+        tg.start_soon(ask, "good", (1, 2, 3))
+        await ask("bad", (*range(1, 30), 77, *range(80, 240)))
+        assert answers["bad"].last.code == "INTERNAL"
+        assert not answers["bad"].ids
+        assert runner.computed < 100, "the rest of the prompt was not computed"
+        await assert_eventually(lambda: "good" in answers)
+        assert len(answers["good"].ids) == 60
+        await assert_idle(engine)
+
+
 async def test_a_silent_stream_shows_progress() -> None:
     limits = EngineLimits(batch=BatchLimits(max_running=1, max_tokens=64), progress_s=0.05)
     async with running_engine(FakeRunner(step_s=0.12), limits=limits) as engine:
