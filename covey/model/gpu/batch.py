@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,8 +119,8 @@ def upload(arrays: Sequence[_Ids], device: torch.device) -> list[torch.Tensor]:
     flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
     if device.type == "cuda":
         flat = flat.pin_memory().to(device, non_blocking=True)
-    parts = flat.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    ends = itertools.accumulate(array.size for array in arrays)
+    return [flat[end - array.size : end].view(array.shape) for end, array in zip(ends, arrays, strict=True)]
 
 
 def _slots(row: Row, positions: _Ids, block_size: int) -> _Ids:

@@ -90,7 +90,7 @@ class DecodeGraphs:
         batch = self._static.padded(rows, n_splits)
         # Kernels compile, and cuBLAS takes its workspace, at the first run: on a side stream, before the capture. The
         # run stores this step's keys and values, which the replay stores once more.
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._decoder.decode(batch)

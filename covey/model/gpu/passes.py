@@ -67,7 +67,7 @@ class LayerPass:
         first = min(row.first_layer for row in rows)
         logits = None
         for layer in range(first, n_layers):
-            live = wave.batch.rows if wave is not None else ()
+            live: Sequence[Row] = wave.batch.rows if wave is not None else ()
             if layer > first and interrupt is not None:
                 live, waiting = self._stopped(interrupt, layer, live, waiting, wave)
             staying = self._staying(live, layer, wave)

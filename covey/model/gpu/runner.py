@@ -17,7 +17,7 @@ from .drawing import draw_rows
 from .graphs import MAX_ROWS, DecodeGraphs
 from .host_windows import HostWindows
 from .pages import DevicePool
-from .passes import Left, LayerPass, Passed
+from .passes import LayerPass, Left, Passed
 from .weights import DeviceWeights
 
 _NO_MEMORY = "the device ran out of memory in this step"
@@ -113,9 +113,7 @@ class GpuRunner:
         if fresh:
             parts.pool.clear(torch.tensor(fresh).to(self._device))
 
-    def _pass(
-        self, rows: Sequence[Row], interrupt: Interrupt | None, resumed: dict[int, Left], parts: _Open
-    ) -> Passed:
+    def _pass(self, rows: Sequence[Row], interrupt: Interrupt | None, resumed: dict[int, Left], parts: _Open) -> Passed:
         if parts.graphs is None or len(rows) > MAX_ROWS or not all(_is_decode(row, self.info) for row in rows):
             return LayerPass(parts.decoder, self.info, self._device, resumed).run(rows, interrupt)
         batch = build_batch(rows, self.info.block_size, self._device)

@@ -74,5 +74,5 @@ def _layer(layer: LayerWeights, config: ModelConfig, device: torch.device, dtype
 
 
 def _gate_above_up(interleaved: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    gate, up = interleaved.unflatten(0, (-1, 2, _PAIR)).unbind(1)
+    gate, up = interleaved.view(-1, 2, _PAIR, config.hidden).unbind(1)
     return torch.cat([part.flatten(0, 1)[: config.intermediate] for part in (gate, up)])

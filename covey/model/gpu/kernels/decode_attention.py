@@ -15,7 +15,7 @@ from covey.model.gpu.pages import DevicePool
 
 from .gather import gather_reference
 from .merge import merge
-from .tiles import TRITON_DTYPES, attend_tile, dot_dtype, padded, table_entries
+from .tiles import TRITON_DTYPES, attend_tile, dot_dtype, finished, no_tokens, padded
 
 SPLIT_TOKENS = 512
 """The default stretch of context of a program."""
@@ -43,34 +43,24 @@ def _decode_kernel(
     block_size: tl.constexpr,
     kv_heads: tl.constexpr,
     block_pages: tl.constexpr,
-    page_stride: tl.constexpr,
-    scale_stride: tl.constexpr,
-    scale_offset: tl.constexpr,
     quantised: tl.constexpr,
     tile: tl.constexpr,
     block_m: tl.constexpr,
     block_d: tl.constexpr,
     dot_type: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     member = tl.arange(0, block_m)
     column = tl.arange(0, block_d)
     inside = (member < group)[:, None] & (column < head_dim)[None, :]
-    query = (head * group + member)[:, None]
-    queries = tl.load(q + row.to(tl.int64) * q_stride + query * head_dim + column[None, :], mask=inside, other=0.0)
-    queries = queries.to(dot_type)
-    top = tl.full((block_m,), float("-inf"), tl.float32)
-    weight = tl.zeros((block_m,), tl.float32)
-    total = tl.zeros((block_m, block_d), tl.float32)
+    query = head * group + member
+    at_query = q + row.to(tl.int64) * q_stride + query[:, None] * head_dim + column[None, :]
+    queries = tl.load(at_query, mask=inside, other=0.0).to(dot_type)
+    top, weight, total = no_tokens(block_m, block_d)
     table = tables + row.to(tl.int64) * table_stride
     first = split * split_tokens
     last = tl.minimum(first + split_tokens, tl.load(contexts + row))
     for at in range(first, last, tile):
-        token = at + tl.arange(0, tile)
-        seen = token < last
-        page, within = table_entries(table, token, seen, block_size, block_pages)
         top, weight, total = attend_tile(
             queries,
             top,
@@ -78,28 +68,23 @@ def _decode_kernel(
             total,
             numbers,
             scales,
-            page + first_page + head,
-            within,
+            table,
+            at + tl.arange(0, tile),
+            last,
+            last,
+            first_page + head,
             column,
-            seen,
-            seen[None, :],
             softmax_scale,
             head_dim,
             block_size,
             kv_heads,
-            page_stride,
-            scale_stride,
-            scale_offset,
+            block_pages,
             quantised,
         )
-    is_empty = weight == 0.0
-    safe = tl.where(is_empty, 1.0, weight)
-    heads = kv_heads * group
-    out = (split * tl.num_programs(0) + row).to(tl.int64) * heads + query
-    tl.store(partial + out * head_dim + column[None, :], total / safe[:, None], mask=inside)
-    lse = tl.where(is_empty, float("-inf"), top + tl.log(safe))
-    at_lse = (split * tl.num_programs(0) + row).to(tl.int64) * heads + head * group + member
-    tl.store(partial_lse + at_lse, lse, mask=member < group)
+    attended, lse = finished(top, weight, total)
+    out = (split * tl.num_programs(0) + row).to(tl.int64) * kv_heads * group + query
+    tl.store(partial + out[:, None] * head_dim + column[None, :], attended, mask=inside)
+    tl.store(partial_lse + out, lse, mask=member < group)
 
 
 def decode_attention(
@@ -142,9 +127,6 @@ def decode_attention(
         block_size=geometry.block_size,
         kv_heads=geometry.kv_heads,
         block_pages=pool.block_pages,
-        page_stride=pool.page_stride,
-        scale_stride=pool.scale_stride,
-        scale_offset=pool.scale_offset,
         quantised=pool.is_quantised,
         tile=_TILE,
         block_m=padded(group),

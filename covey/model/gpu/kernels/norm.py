@@ -6,19 +6,25 @@ import torch
 import triton
 import triton.language as tl
 
+_WORK = 1024
+"""Numbers that a program handles at least, where there are so many."""
+
 
 @triton.jit
-def _norm_kernel(hidden, delta, weight, out, width, eps, block: tl.constexpr, with_delta: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * width
+def _norm_kernel(
+    hidden, delta, weight, out, n, width, eps, tile: tl.constexpr, block: tl.constexpr, with_delta: tl.constexpr
+):
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, block)
-    inside = column < width
-    x = tl.load(hidden + at + column, mask=inside, other=0.0)
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    inside = (row < n)[:, None] & (column < width)[None, :]
+    x = tl.load(hidden + at, mask=inside, other=0.0)
     if with_delta:
-        x += tl.load(delta + at + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(hidden + at + column, x, mask=inside)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
-    normed = x * scale * tl.load(weight + column, mask=inside, other=0.0)
-    tl.store(out + at + column, normed.to(out.dtype.element_ty), mask=inside)
+        x += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(hidden + at, x, mask=inside)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
+    normed = x * scale[:, None] * tl.load(weight + column, mask=column < width, other=0.0)[None, :]
+    tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
 
 
 def add_rms_norm(
@@ -32,8 +38,11 @@ def add_rms_norm(
     out = torch.empty(n, width, dtype=dtype, device=hidden.device)
     if n:
         block = triton.next_power_of_2(width)
+        tile = max(1, _WORK // block)  # of the width alone, so that a row is the same in any batch
         added = hidden if delta is None else delta
-        _norm_kernel[(n,)](hidden, added, weight, out, width, eps, block=block, with_delta=delta is not None)
+        _norm_kernel[(triton.cdiv(n, tile),)](
+            hidden, added, weight, out, n, width, eps, tile=tile, block=block, with_delta=delta is not None
+        )
     return out
 
 

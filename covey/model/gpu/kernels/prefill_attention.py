@@ -15,7 +15,7 @@ import triton.language as tl
 from covey.model.gpu.pages import DevicePool
 
 from .gather import gather_reference
-from .tiles import TRITON_DTYPES, attend_tile, dot_dtype, padded, table_entries
+from .tiles import TRITON_DTYPES, attend_tile, dot_dtype, finished, no_tokens, padded
 
 TILE_QUERIES = 32
 """Queries of one program."""
@@ -61,9 +61,6 @@ def _prefill_kernel(
     block_size: tl.constexpr,
     kv_heads: tl.constexpr,
     block_pages: tl.constexpr,
-    page_stride: tl.constexpr,
-    scale_stride: tl.constexpr,
-    scale_offset: tl.constexpr,
     quantised: tl.constexpr,
     tile: tl.constexpr,
     block_m: tl.constexpr,
@@ -73,22 +70,15 @@ def _prefill_kernel(
     chunk = tl.load(tiles + 2 * tl.program_id(0))
     head = tl.program_id(1)
     member = tl.load(tiles + 2 * tl.program_id(0) + 1) + tl.arange(0, block_m)
-    length = tl.load(lengths + chunk)
-    start = tl.load(starts + chunk)
+    length, start = tl.load(lengths + chunk), tl.load(starts + chunk)
     row = (tl.load(firsts + chunk) + member).to(tl.int64)
     column = tl.arange(0, block_d)
     inside = (member < length)[:, None] & (column < head_dim)[None, :]
     place = (head * head_dim + column)[None, :]
     queries = tl.load(q + row[:, None] * q_stride + place, mask=inside, other=0.0).to(dot_type)
-    top = tl.full((block_m,), float("-inf"), tl.float32)
-    weight = tl.zeros((block_m,), tl.float32)
-    total = tl.zeros((block_m, block_d), tl.float32)
-    table = tables + chunk.to(tl.int64) * table_stride
+    top, weight, total = no_tokens(block_m, block_d)
     last = start + tl.minimum(length, tl.max(member, axis=0) + 1)
     for at in range(0, last, tile):
-        token = at + tl.arange(0, tile)
-        seen = token < last
-        page, within = table_entries(table, token, seen, block_size, block_pages)
         top, weight, total = attend_tile(
             queries,
             top,
@@ -96,21 +86,20 @@ def _prefill_kernel(
             total,
             numbers,
             scales,
-            page + first_page + head // group,
-            within,
+            tables + chunk.to(tl.int64) * table_stride,
+            at + tl.arange(0, tile),
+            last,
+            (start + member)[:, None],
+            first_page + head // group,
             column,
-            seen,
-            token[None, :] <= (start + member)[:, None],
             softmax_scale,
             head_dim,
             block_size,
             kv_heads,
-            page_stride,
-            scale_stride,
-            scale_offset,
+            block_pages,
             quantised,
         )
-    attended = total / weight[:, None]
+    attended, _ = finished(top, weight, total)
     tl.store(out + row[:, None] * out_stride + place, attended.to(out.dtype.element_ty), mask=inside)
 
 
@@ -143,9 +132,6 @@ def prefill_attention(q: torch.Tensor, pool: DevicePool, layer: int, chunks: Chu
         block_size=geometry.block_size,
         kv_heads=geometry.kv_heads,
         block_pages=pool.block_pages,
-        page_stride=pool.page_stride,
-        scale_stride=pool.scale_stride,
-        scale_offset=pool.scale_offset,
         quantised=pool.is_quantised,
         tile=_TILE,
         block_m=TILE_QUERIES,

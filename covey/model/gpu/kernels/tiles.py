@@ -13,6 +13,13 @@ DOT_MIN = 16
 
 
 @triton.jit
+def no_tokens(block_m: tl.constexpr, block_d: tl.constexpr):
+    """The state of a softmax that has seen nothing: the highest score, the sum of weights, the weighted values."""
+    top = tl.full((block_m,), float("-inf"), tl.float32)
+    return top, tl.zeros((block_m,), tl.float32), tl.zeros((block_m, block_d), tl.float32)
+
+
+@triton.jit
 def attend_tile(
     q,
     top,
@@ -20,52 +27,57 @@ def attend_tile(
     total,
     numbers,
     scales,
+    table,
+    token,
+    end,
+    limit,
     page,
-    within,
     column,
-    seen,
-    visible,
     softmax_scale,
     head_dim: tl.constexpr,
     block_size: tl.constexpr,
-    value_pages: tl.constexpr,
-    page_stride: tl.constexpr,
-    scale_stride: tl.constexpr,
-    scale_offset: tl.constexpr,
+    kv_heads: tl.constexpr,
+    block_pages: tl.constexpr,
     quantised: tl.constexpr,
 ):
-    """Go on with the softmax of queries `q` [m, d] over the tokens at `page` and `within` [t].
+    """Go on with the softmax of queries `q` [m, d] over positions `token` [t], of which those before `end` exist.
 
-    `seen` [t] are tokens that exist, `visible` [m, t] those that a query may see. The state is the highest score, the
-    sum of weights and the weighted sum of values. A key page is transposed; its scales multiply whole columns of the
-    scores, and those of the values the weights, so that stored numbers go into the products as they are.
+    A query sees positions up to its `limit`, [m, 1] or one for all; `page` is the one of head and layer in a block. A
+    key page is transposed. Its scales multiply whole columns of the scores, and those of the values the weights, so
+    that stored numbers go into the products as they are.
     """
+    page_size: tl.constexpr = block_size * head_dim
+    page_stride: tl.constexpr = page_size + 4 * block_size if quantised else page_size
+    seen = token < end
     is_column = column < head_dim
+    page += tl.load(table + token // block_size, mask=seen, other=0).to(tl.int64) * block_pages
+    within = token % block_size
     at = numbers + page * page_stride + within
     k = tl.load(at[None, :] + column[:, None] * block_size, mask=is_column[:, None] & seen[None, :], other=0.0)
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * softmax_scale
+    at_scale = scales + page * (page_stride // 4) + page_size // 4 + within
     if quantised:
-        scores *= tl.load(scales + page * scale_stride + scale_offset + within, mask=seen, other=0.0)[None, :]
-    scores = tl.where(visible, scores, float("-inf"))
+        scores *= tl.load(at_scale, mask=seen, other=0.0)[None, :]
+    scores = tl.where(seen[None, :] & (token[None, :] <= limit), scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     fade = tl.exp(top - base)
     weights = tl.exp(scores - base[:, None])
     weight = weight * fade + tl.sum(weights, axis=1)
-    page += value_pages
-    at = numbers + page * page_stride + within * head_dim
+    at = numbers + (page + kv_heads) * page_stride + within * head_dim
     v = tl.load(at[:, None] + column[None, :], mask=seen[:, None] & is_column[None, :], other=0.0)
     if quantised:
-        weights *= tl.load(scales + page * scale_stride + scale_offset + within, mask=seen, other=0.0)[None, :]
+        weights *= tl.load(at_scale + kv_heads * (page_stride // 4), mask=seen, other=0.0)[None, :]
     total = total * fade[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
     return higher, weight, total
 
 
 @triton.jit
-def table_entries(table, token, seen, block_size: tl.constexpr, block_pages: tl.constexpr):
-    """The first page of the block of each token, and the token's place in its block."""
-    block = tl.load(table + token // block_size, mask=seen, other=0).to(tl.int64)
-    return block * block_pages, token % block_size
+def finished(top, weight, total):
+    """The output and the log-sum-exp of each query; 0 and -inf where it saw nothing."""
+    is_empty = weight == 0.0
+    safe = tl.where(is_empty, 1.0, weight)
+    return total / safe[:, None], tl.where(is_empty, float("-inf"), top + tl.log(safe))
 
 
 def dot_dtype(q: torch.Tensor, geometry: Geometry) -> torch.dtype:
@@ -75,7 +87,7 @@ def dot_dtype(q: torch.Tensor, geometry: Geometry) -> torch.dtype:
 
 def padded(size: int) -> int:
     """The side of a product that holds `size` entries."""
-    return max(DOT_MIN, triton.next_power_of_2(size))
+    return max(DOT_MIN, int(triton.next_power_of_2(size)))
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16}

@@ -1,6 +1,6 @@
 """Compiles every kernel, as its launcher calls it, to machine code for NVIDIA GPUs; needs none. A process of its own.
 
-Prints `kernel capability shared-memory-bytes` a line.
+Takes a compute capability, such as 90; prints `kernel shared-memory-bytes` a line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-CAPABILITIES = (80, 90)
+CAPABILITY = int(sys.argv[1])
 
 
 def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
@@ -41,11 +41,10 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kw
             signature[parameter.name] = NAMES[value.dtype]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    for capability in CAPABILITIES:
-        source = ASTSource(fn=self, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert compiled.asm["cubin"]
-        print(self.__name__, capability, compiled.metadata.shared)
+    source = ASTSource(fn=self, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32))
+    assert compiled.asm["cubin"]
+    print(self.__name__, compiled.metadata.shared)
 
 
 def launch_everything() -> None:
@@ -63,17 +62,21 @@ def launch_everything() -> None:
 
     ids = torch.zeros(2, dtype=torch.int32)
     table = torch.zeros(2, 2, dtype=torch.int32)
+    kinds: tuple[tuple[torch.dtype, KvDtype], ...] = (
+        (torch.float32, "fp32"),
+        (torch.bfloat16, "fp16"),
+        (torch.bfloat16, "int8"),
+    )
+    for dtype, kv_dtype in kinds:
+        qkv, out = torch.zeros(2, 48 * 64, dtype=dtype), torch.zeros(2, 32, 64, dtype=dtype)
+        geometry = Geometry(n_layers=2, kv_heads=8, head_dim=64, block_size=32, kv_dtype=kv_dtype)
+        pool = DevicePool(geometry, 2, torch.device("cpu"))
+        scatter(qkv[:, 32 * 64 :], ids, pool, 0)
+        gather(pool, 0, ids, 40, dtype)
+        decode_attention(qkv, pool, 0, table, ids, out, 2)
+        prefill_attention(qkv, pool, 0, Chunks(firsts=ids, lengths=ids, starts=ids, tables=table, tiles=table), out)
     for dtype in (torch.float32, torch.bfloat16):
         qkv, hidden = torch.zeros(2, 48 * 64, dtype=dtype), torch.zeros(2, 2048)
-        out = torch.zeros(2, 32, 64, dtype=dtype)
-        types: tuple[KvDtype, ...] = ("fp32", "fp16", "int8")
-        for kv_dtype in types:
-            pages = Geometry(n_layers=2, kv_heads=8, head_dim=64, block_size=32, kv_dtype=kv_dtype)
-            pool = DevicePool(pages, 2, torch.device("cpu"))
-            scatter(qkv[:, 32 * 64 :], torch.zeros(2, dtype=torch.int64), pool, 0)
-            gather(pool, 0, ids, 40, dtype)
-            decode_attention(qkv, pool, 0, table, ids, out, 2)
-            prefill_attention(qkv, pool, 0, Chunks(firsts=ids, lengths=ids, starts=ids, tables=table, tiles=table), out)
         norms = (torch.zeros(64), torch.zeros(64))
         phases = torch.zeros(2, 32)
         for weights in (None, norms):

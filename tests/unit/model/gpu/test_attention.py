@@ -15,7 +15,6 @@ from covey.model.gpu.kernels.prefill_attention import (
     prefill_attention,
     prefill_attention_reference,
 )
-
 from covey.model.pool import KvDtype
 
 from .pools import ALL_KV_DTYPES, filled_pool, layout, source
@@ -144,11 +143,11 @@ def test_shards_merge_to_attention_over_all_keys_in_any_grouping(sizes: list[int
     keys, values = (torch.randn(sum(sizes), 8, generator=source(seed + i), dtype=torch.float64) for i in (0, 1))
     q = torch.randn(3, 8, generator=source(seed + 2), dtype=torch.float64) * 4
     outputs, lses = [], []
-    for k, v in zip(keys.split(sizes), values.split(sizes), strict=True):
+    for k, v in zip(torch.split(keys, sizes), torch.split(values, sizes), strict=True):
         scores = q @ k.T
         lses.append(scores.logsumexp(dim=1) if len(k) else torch.full((3,), -torch.inf, dtype=torch.float64))
         outputs.append(scores.softmax(dim=1) @ v)
-    parts = list(zip(outputs, lses, strict=True))
+    parts: list[tuple[torch.Tensor, ...]] = list(zip(outputs, lses, strict=True))
 
     def join(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return merge_shards(torch.stack((a[0], b[0])), torch.stack((a[1], b[1])))
