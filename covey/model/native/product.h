@@ -60,14 +60,13 @@ static inline void pack_bytes(const Packed& to, const Tiles& tiles, long row, co
     float padded[GROUP] = {};
     memcpy(padded, x + begin, 4 * count);
     const float top = largest(padded, GROUP), inverse = top > 0 ? 127.0f / top : 0.0f;
-    int32_t q[GROUP], sum = 0;
+    int32_t whole[GROUP], sum = 0;
+    int8_t bytes[GROUP];
     for (long i = 0; i < GROUP; i += 8)
-      _mm256_storeu_si256((__m256i*)(q + i), _mm256_cvtps_epi32((__m256)(load8(padded + i) * fill8(inverse))));
-    for (long i = 0; i < GROUP; ++i) sum += q[i];
-    for (long i = 0; i < 4 * up(count, 4); ++i, ++out) {
-      *out = (int8_t)q[i];
-      if (i % 4 == 3) out += 4 * (height - 1);
-    }
+      _mm256_storeu_si256((__m256i*)(whole + i), _mm256_cvtps_epi32((__m256)(load8(padded + i) * fill8(inverse))));
+    for (long i = 0; i < GROUP; ++i) sum += whole[i];
+    for (long i = 0; i < GROUP; ++i) bytes[i] = (int8_t)whole[i];
+    for (long quad = 0; quad < up(count, 4); ++quad, out += 4 * height) memcpy(out, bytes + 4 * quad, 4);
     to.scales[first * groups + g * height + (row - first)] = top / 127.0f;
     to.sums[first * groups + g * height + (row - first)] = sum;
   }

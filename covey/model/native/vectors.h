@@ -52,8 +52,14 @@ static inline Eight exp8(Eight x) {
   return (Eight)_mm256_and_ps((__m256)scaled, _mm256_cmp_ps((__m256)x, _mm256_set1_ps(-87.0f), _CMP_GE_OQ));
 }
 
+// The largest magnitude.
 static inline float largest(const float* x, long n) {
-  float best = 0.0f;
-  for (long i = 0; i < n; ++i) best = fmaxf(best, fabsf(x[i]));
-  return best;
+  const Eight sign = fill8(-0.0f);
+  Eight best = fill8(0.0f);
+  long i = 0;
+  for (; i + 8 <= n; i += 8)
+    best = (Eight)_mm256_max_ps((__m256)best, _mm256_andnot_ps((__m256)sign, (__m256)load8(x + i)));
+  float top = max8(best);
+  for (; i < n; ++i) top = fmaxf(top, fabsf(x[i]));
+  return top;
 }
