@@ -20,7 +20,7 @@ from benchmarks.engine_text import text_tokens
 from benchmarks.limit import Limits
 from benchmarks.neighbours import cpu_time, is_disturbed, others_cores
 from benchmarks.report import Report
-from benchmarks.step_fit import GRID, Point, arithmetic, fit
+from benchmarks.step_fit import GRID, QUICK_GRID, Point, arithmetic, fit
 from covey.clock import Clock, MonotonicClock
 from covey.errors import CoveyError, Unavailable
 from covey.model.source import ModelSource, resolve
@@ -36,7 +36,7 @@ REFRESH_PER_S = 1.0
 """Drawing progress more often would take part of a core from what is measured."""
 
 WARM_UP_STEPS = 2
-QUICK_WARM_UP = ("128", "b8")
+QUICK_WARM_UP = ("128",)
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
     with bench:
         bench.start([machine(model), *found])
         bench.measure(text_tokens(source, data), QUICK_ROUNDS if quick else ROUNDS)
-        points = bench.grid()
+        points = bench.grid(QUICK_GRID if quick else GRID)
     figures = bench.figures()
     for precision, measured in points.items():
         due = arithmetic(figures.config, figures.limits, precision, figures.kv_bytes_per_token[precision])
@@ -136,13 +136,13 @@ class EngineBench:
                 self._measure_machine()
                 self._note_neighbours(others_cores(before, cpu_time(self._pids(), self._clock)))
 
-    def grid(self) -> dict[str, list[Point]]:
+    def grid(self, at: Sequence[tuple[int, int]]) -> dict[str, list[Point]]:
         """Our steps at several batches and contexts, by precision."""
         found: dict[str, list[Point]] = {}
         with self._console.status("how a step grows"):
             for child, rates in self._children:
                 if rates.contender.is_ours:
-                    found[rates.contender.precision] = [self._point(child, *at) for at in GRID]
+                    found[rates.contender.precision] = [self._point(child, *place) for place in at]
         return found
 
     def figures(self) -> Figures:
@@ -195,12 +195,12 @@ class EngineBench:
     def _measure_machine(self) -> None:
         limits = self._ask_machine("limits")
         self._limits.append(Limits(**limits))
+        asked = [case for case in self._cases if not case.ours_only and case.operation != "mixed"]
+        sizes = dict.fromkeys((products_rows(case), case.sampled) for case in asked)
         for precision in self._kv_bytes:
-            for case in self._cases:
-                key = (precision, products_rows(case), case.sampled)
-                if not case.ours_only and case.operation != "mixed":
-                    found = self._ask_machine("products", precision=precision, rows=key[1], sampled=key[2])
-                    self._products_s.setdefault(key, []).append(found["fastest"])
+            for rows, sampled in sizes:
+                found = self._ask_machine("products", precision=precision, rows=rows, sampled=sampled)
+                self._products_s.setdefault((precision, rows, sampled), []).append(found["fastest"])
 
     def _ask_machine(self, operation: str, **arguments: Any) -> Mapping[str, Any]:
         if self._machine is None:

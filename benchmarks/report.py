@@ -80,16 +80,21 @@ class Report:
             Path(target).write_text(self.json() + "\n")
 
     def print(self, console: Console) -> None:
-        """Draw the rows as a table."""
+        """Draw the rows as a table, and the ratios as another."""
         table = Table(title=f"covey bench {self.bench} · {machine()['cpu']}, {machine()['cores']} cores")
         for name in ("case", "system", "metric", "value", "95 %", "n"):
             table.add_column(name, justify="right" if name in {"value", "95 %", "n"} else "left")
         for row in self.rows:
             span = f"{row.lo:.4g}–{row.hi:.4g}"
             table.add_row(row.case, row.system, row.metric, f"{row.value:.4g} {row.unit}", span, str(row.n))
-        for name, ratio in self.ratios.items():
-            table.add_row(name, "", "ratio", f"{ratio:.3g}", "", "")
         console.print(table)
+        if self.ratios:
+            ratios = Table(title="ratios: over 1, Covey is better")
+            ratios.add_column("metric/case/peer", overflow="fold")
+            ratios.add_column("ratio", justify="right")
+            for name, ratio in self.ratios.items():
+                ratios.add_row(name, f"{ratio:.3g}")
+            console.print(ratios)
 
 
 def interval(samples: Sequence[float], at: str) -> tuple[float, float, float]:

@@ -13,6 +13,8 @@ from covey.model.config import ModelConfig
 GRID = tuple((rows, context) for rows in (1, 4, 8, 16, 32) for context in (128, 512, 1024))
 """Sequences of a step, and tokens that each of them has in the cache."""
 
+QUICK_GRID = tuple((rows, context) for rows in (1, 8, 32) for context in (128, 1024))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
