@@ -22,6 +22,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _refuse
         self._special = dict(special_tokens)
+        self.source = source
         self.supports_tools = "tools" in source
         try:
             self._template = environment.from_string(source)

@@ -51,6 +51,11 @@ class Tokenizer:
         return self._template is not None
 
     @property
+    def chat_template(self) -> str:
+        """The text of the chat template, or nothing."""
+        return self._template.source if self._template is not None else ""
+
+    @property
     def supports_tools(self) -> bool:
         """Whether the chat template has a place for tools."""
         return self._template is not None and self._template.supports_tools

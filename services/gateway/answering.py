@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import secrets
+from dataclasses import replace
 
 import anyio
 
 from covey.clock import Clock
 from covey.codec.methods import Decode
-from covey.errors import CoveyError
+from covey.errors import CoveyError, InvalidArgument
 from covey.net.rpc import Channels
 from covey.policy.pinning import PinPolicy
 from covey.types.generate import Finished, FinishReason, RetainRequest, Role, Timings, Usage
@@ -24,6 +26,7 @@ from .models import LocalModel
 from .plan import Planned
 from .relay import Relay
 from .stream import Completion
+from .tools.parser import CallParser
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class Answering:
         if query is not None and is_new and is_whole and can_fill(completion.job.cache):
             relay = choice.relay
             self._answers.offer(query, relay.text, relay.ids, outcome.reason, outcome.usage.prompt_tokens)
-        return outcome
+        return replace(outcome, reason=choice.finish(outcome.reason))
 
     async def _from_cache_or_workers(self, choice: _Choice, query: CacheQuery | None) -> Outcome:
         mode = choice.job.cache
@@ -111,7 +114,14 @@ class Answering:
     async def _generate(self, choice: _Choice, cache: CacheOutcome) -> Outcome:
         choice.set_cache(cache)
         seq = choice.sequence()
-        finished, target = await self._dispatcher.run(seq)
+        try:
+            finished, target = await self._dispatcher.run(seq)
+        except InvalidArgument as error:
+            field = "response_format" if choice.job.params.grammar else "tools"
+            is_ours = choice.job.params.grammar or choice.job.tooling is not None
+            if not is_ours or not (error.field or "").startswith("grammar"):
+                raise
+            raise InvalidArgument(error.message, field=field) from error
         pinned = await self._pin(choice.job, finished, target)
         used = seq.usage or finished.usage
         return Outcome(
@@ -168,6 +178,7 @@ class _Choice:
         self.lookup_s = 0.0
         self.emitted = False
         self.decided: anyio.Event | None = None
+        self._parser = _parser(self.job, model)
 
     def query(self, revision: str) -> CacheQuery | None:
         request = self._planned.request
@@ -176,6 +187,7 @@ class _Choice:
             self._planned.prompt,
             request.token_ids,
             request.sampling,
+            grammar=request.grammar,
             model=self._model.name,
             revision=revision,
             seeded=self.job.params.seed is not None,
@@ -202,7 +214,7 @@ class _Choice:
         self._completion.start()
         answer = found.answer
         for delta in pieces(self._planned.index, answer):
-            await self._completion.pipe.put_when_room(delta)
+            await self._completion.pipe.put_when_room(self._parsed(delta))
         return Outcome(
             reason=answer.reason,
             usage=Usage(prompt_tokens=len(self._planned.request.token_ids), completion_tokens=answer.completion_tokens),
@@ -219,4 +231,27 @@ class _Choice:
         else:
             self._metrics.itl_s.labels(self._completion.model).observe(self._clock.now() - self._last_at)
         self._last_at = self._clock.now()
-        self._completion.pipe.put(delta)
+        self._completion.pipe.put(self._parsed(delta))
+
+    def finish(self, reason: FinishReason) -> FinishReason:
+        """Pass on what was held back, and say how the choice ended."""
+        if self._parser is None:
+            return reason
+        rest = self._parser.finish()
+        if rest.text or rest.calls:
+            self._completion.pipe.put(Delta(index=self._planned.index, text=rest.text, calls=rest.calls))
+        return FinishReason.TOOL_CALLS if self._parser.calls and reason is FinishReason.STOP else reason
+
+    def _parsed(self, delta: Delta) -> Delta:
+        if self._parser is None:
+            return delta
+        parsed = self._parser.push(delta.text)
+        return replace(delta, text=parsed.text, calls=parsed.calls)
+
+
+def _parser(job: Job, model: LocalModel) -> CallParser | None:
+    tooling = job.tooling
+    if tooling is None:
+        return None
+    names = {tool.name for tool in tooling.tools}
+    return CallParser(model.dialect, names, lambda: f"call_{secrets.token_hex(12)}", several=tooling.parallel)

@@ -43,6 +43,7 @@ def query_for(
     token_ids: tuple[int, ...],
     sampling: Sampling,
     *,
+    grammar: str = "",
     model: str,
     revision: str,
     seeded: bool,
@@ -56,13 +57,14 @@ def query_for(
     if sampling.logprobs is not None:
         return None  # kept answers have none
     biases = sorted(sampling.logit_bias.items())
-    shape = (model, revision, job.params.stop, biases, astuple(replace(sampling, seed=0, logit_bias={})))
+    shape = (model, revision, job.params.stop, grammar, biases, astuple(replace(sampling, seed=0, logit_bias={})))
     exact = b""
     if sampling.temperature == 0:
         exact = _key("exact", shape, token_ids)
     elif seeded:
         exact = _key("exact", shape, token_ids, sampling.seed)
-    text, context = _last_turn(prompt.messages)
+    is_free = not grammar and not prompt.tools  # else the last turn does not say all that was asked
+    text, context = _last_turn(prompt.messages) if is_free else ("", ())
     if not exact and not text:
         return None
     return CacheQuery(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from covey.types.generate import FinishReason, Timings, Usage
 from covey.types.ids import CallId, ProgramId, RequestId, TenantId, WorkerId
-from covey.types.program import CacheMode, CacheOutcome, CallParams, Message, ToolHint
+from covey.types.program import CacheMode, CacheOutcome, CallParams, FunctionTool, Message, ToolHint, Tooling
 
 SEQUENCES_MAX = 128
 """Prompts times `n` of one request."""
@@ -20,6 +20,8 @@ class Prompt:
     """What to continue: a conversation, a text, or tokens; exactly one of them."""
 
     messages: tuple[Message, ...] = ()
+    tools: tuple[FunctionTool, ...] = ()
+    """What the model is told that it may call; with `messages` only."""
     text: str | None = None
     ids: tuple[int, ...] | None = None
 
@@ -43,6 +45,8 @@ class Job:
     priority: int = 0
     program_id: ProgramId = ProgramId("")
     call_id: CallId = CallId("")
+    tooling: Tooling | None = None
+    """The functions that the caller offers, unless none may be called."""
     then_tool: ToolHint | None = None
     sticky: WorkerId = WorkerId("")
     """The decode worker that holds the program's prefix."""

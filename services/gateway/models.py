@@ -13,6 +13,7 @@ from covey.types.program import ModelCard
 from .config import ModelConfig
 from .fleet import Fleet
 from .job import Prompt
+from .tools.dialect import HERMES, Dialect, dialect_of, native_turns, plain_turns, tool_json
 
 
 class Tokenizes(Protocol):
@@ -22,8 +23,14 @@ class Tokenizes(Protocol):
     hash: str
     vocab_size: int
 
+    @property
+    def chat_template(self) -> str: ...
+    @property
+    def supports_tools(self) -> bool: ...
     def encode(self, text: str, *, add_special: bool = True) -> list[int]: ...
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]: ...
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str: ...
 
 
@@ -34,10 +41,15 @@ class LocalModel:
     name: str
     tokenizer: Tokenizes
 
+    @property
+    def dialect(self) -> Dialect:
+        """How it writes function calls."""
+        return dialect_of(self.tokenizer.chat_template) if self.tokenizer.supports_tools else HERMES
+
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Tokens of a prompt. Raises InvalidArgument when it is empty or names unknown tokens."""
         if prompt.messages:
-            ids = self.tokenizer.encode_chat([{"role": _role(m.role), "content": m.content} for m in prompt.messages])
+            ids = self._encode_chat(prompt)
         elif prompt.ids is not None:
             if any(not 0 <= i < self.tokenizer.vocab_size for i in prompt.ids):
                 raise InvalidArgument(f"token ids must be below {self.tokenizer.vocab_size}", field="prompt")
@@ -47,6 +59,13 @@ class LocalModel:
         if not ids:
             raise InvalidArgument("the prompt is empty", field=prompt.field)
         return tuple(ids)
+
+    def _encode_chat(self, prompt: Prompt) -> list[int]:
+        if self.tokenizer.supports_tools:
+            return self.tokenizer.encode_chat(
+                native_turns(prompt.messages), [tool_json(t) for t in prompt.tools] or None
+            )
+        return self.tokenizer.encode_chat(plain_turns(prompt.messages, prompt.tools))
 
     def check_length(self, prompt_tokens: int, max_tokens: int | None, limit: int, field: str) -> None:
         """Raise ContextLengthExceeded unless prompt and answer fit into `limit` tokens."""
@@ -145,7 +164,3 @@ def open_models(configs: Sequence[ModelConfig]) -> list[Model]:
         else:
             models.append(LocalModel(name=config.name, tokenizer=open_tokenizer(config.source or config.name)))
     return models
-
-
-def _role(role: str) -> str:
-    return "system" if role == "developer" else role

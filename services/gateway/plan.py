@@ -14,6 +14,7 @@ from covey.types.program import CallParams
 
 from .job import COMPLETION_TOKENS_DEFAULT, SEQUENCES_MAX, Job, Prompt
 from .models import Catalog, LocalModel
+from .tools.forced import forced_grammar
 
 SEED_BITS = 63
 BIAS_MAX = 100
@@ -48,6 +49,9 @@ async def plan(job: Job, model: LocalModel, catalog: Catalog, rng: Random) -> tu
         raise InvalidArgument(f"token ids must be below {vocabulary}", field="logit_bias")
     if not all(-BIAS_MAX <= bias <= BIAS_MAX for bias in job.params.logit_bias.values()):
         raise InvalidArgument(f"a bias must be from -{BIAS_MAX} to {BIAS_MAX}", field="logit_bias")
+    grammar = job.params.grammar
+    if job.tooling is not None:
+        grammar = forced_grammar(job.tooling, model.dialect) or grammar
     limit = catalog.context_limit(model)
     seed = rng.getrandbits(SEED_BITS) if job.params.seed is None else job.params.seed
     planned: list[Planned] = []
@@ -62,13 +66,15 @@ async def plan(job: Job, model: LocalModel, catalog: Catalog, rng: Random) -> tu
                     index=index,
                     prompt_index=p,
                     prompt=prompt,
-                    request=_request(job, model, ids, sampling, index),
+                    request=_request(job, model, ids, sampling, index, grammar),
                 )
             )
     return tuple(planned)
 
 
-def _request(job: Job, model: LocalModel, ids: tuple[int, ...], sampling: Sampling, index: int) -> GenerateRequest:
+def _request(
+    job: Job, model: LocalModel, ids: tuple[int, ...], sampling: Sampling, index: int, grammar: str
+) -> GenerateRequest:
     return GenerateRequest(
         request_id=RequestId(f"{job.request_id}-{index}"),
         tenant=job.tenant,
@@ -76,6 +82,7 @@ def _request(job: Job, model: LocalModel, ids: tuple[int, ...], sampling: Sampli
         scopes=(),
         token_ids=ids,
         sampling=sampling,
+        grammar=grammar,
         stop=job.params.stop,
         deadline_s=0.0,  # what is left is filled in when it is sent
         program_id=job.program_id,

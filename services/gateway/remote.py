@@ -20,12 +20,23 @@ from covey.errors import (
     Unavailable,
 )
 from covey.types.generate import FinishReason, Timings, Usage
+from covey.types.grammar import GrammarKind, read_grammar
 from covey.types.ids import WorkerId
-from covey.types.program import CacheOutcome, CallParams, ChoiceDone, Delta
+from covey.types.program import (
+    CacheOutcome,
+    CallDelta,
+    CallParams,
+    ChoiceDone,
+    Delta,
+    Message,
+    ToolChoice,
+    Tooling,
+)
 
 from .job import Job, Outcome
 from .models import RemoteModel
 from .stream import Completion
+from .tools.dialect import tool_json
 
 CONNECT_S = 5.0
 READ_GAP_S = 60.0
@@ -94,10 +105,12 @@ async def _relay(response: httpx.Response, completion: Completion) -> tuple[Fini
     async for chunk in _chunks(response):
         for choice in chunk.get("choices") or ():
             index = int(choice.get("index", 0))
-            text = choice.get("text") or (choice.get("delta") or {}).get("content")
-            if text:
+            delta = choice.get("delta") or {}
+            text = choice.get("text") or delta.get("content") or ""
+            calls = tuple(_call(call) for call in delta.get("tool_calls") or ())
+            if text or calls:
                 deltas += 1
-                completion.pipe.put(Delta(index=index, text=text))
+                completion.pipe.put(Delta(index=index, text=text, calls=calls))
             if choice.get("finish_reason"):
                 reasons[index] = _REASONS.get(choice["finish_reason"], FinishReason.STOP)
                 completion.pipe.put(ChoiceDone(index=index, reason=reasons[index]))
@@ -134,10 +147,54 @@ def _body(job: Job, model: RemoteModel) -> dict[str, Any]:
         raise InvalidArgument("log-probabilities of remote models are not supported yet", field="logprobs")
     body: dict[str, Any] = {"model": model.remote_name, "stream": True, "stream_options": {"include_usage": True}}
     if prompt.messages:
-        body["messages"] = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        body["messages"] = [_message(m) for m in prompt.messages]
     else:
         body["prompt"] = prompt.text
+    if job.tooling is not None:
+        body |= _tools(job.tooling)
+    if params.grammar:
+        body["response_format"] = _response_format(params.grammar)
     return body | _params(params)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in message.tool_calls
+        ]
+    return turn | ({"tool_call_id": message.tool_call_id} if message.tool_call_id else {})
+
+
+def _tools(tooling: Tooling) -> dict[str, Any]:
+    choice: Any = tooling.choice.value.lower()
+    if tooling.choice is ToolChoice.NAMED:
+        choice = {"type": "function", "function": {"name": tooling.name}}
+    return {
+        "tools": [tool_json(tool) for tool in tooling.tools],
+        "tool_choice": choice,
+        "parallel_tool_calls": tooling.parallel,
+    }
+
+
+def _response_format(text: str) -> dict[str, Any]:
+    grammar = read_grammar(text)
+    if grammar.kind is GrammarKind.JSON_OBJECT:
+        return {"type": "json_object"}
+    if grammar.kind is GrammarKind.JSON_SCHEMA:
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": grammar.body, "strict": True}}
+    raise InvalidArgument("a remote model takes JSON formats only", field="response_format")
+
+
+def _call(raw: Mapping[str, Any]) -> CallDelta:
+    function = raw.get("function") or {}
+    return CallDelta(
+        index=int(raw.get("index") or 0),
+        id=str(raw.get("id") or ""),
+        name=str(function.get("name") or ""),
+        arguments=str(function.get("arguments") or ""),
+    )
 
 
 def _params(params: CallParams) -> dict[str, Any]:

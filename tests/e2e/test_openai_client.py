@@ -119,7 +119,7 @@ def test_models_and_embeddings(client: openai.OpenAI) -> None:
         ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, openai.BadRequestError, "messages"),
         ({"extra_body": {"flavour": "mint"}}, openai.BadRequestError, "flavour"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        ({"tools": [{"type": "function", "function": {}}]}, openai.BadRequestError, "tools[0].function.name"),
         ({"messages": []}, openai.BadRequestError, "messages"),
     ],
 )

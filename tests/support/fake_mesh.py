@@ -56,7 +56,7 @@ MODEL = "fake"
 API_KEY = "ck-a-test-key-of-some-length"
 OTHER_KEY = "ck-the-key-of-another-tenant"
 TENANT, OTHER = TenantId("acme"), TenantId("other")
-CONTEXT = 512
+CONTEXT = 2048
 BLOCK = 16
 
 
@@ -66,11 +66,15 @@ class FakeTokenizer:
     context_limit = CONTEXT
     hash = "fake-tokenizer"
     vocab_size = 256
+    chat_template = ""
+    supports_tools = False
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
@@ -90,6 +94,8 @@ class FakeWorker:
     name: str
     role: Role
     answer_tokens: int = 12
+    script: str = ""
+    """What it answers, a byte a token, instead of letters."""
     pace_s: float = 0.0
     refuse: int = 0
     die_after: int | None = None
@@ -163,8 +169,9 @@ class FakeWorker:
             yield self.fail
             return
         seed = request.sampling.seed if request.sampling.temperature else 0
-        count = min(self.answer_tokens, request.sampling.max_tokens)
-        ids = expected_ids(request, count, seed)
+        wanted = len(self.script.encode()) or self.answer_tokens
+        count = min(wanted, request.sampling.max_tokens)
+        ids = tuple(self.script.encode())[:count] or expected_ids(request, count, seed)
         start = len(request.ticket.emitted) if request.ticket else 0
         start = len(request.resume.emitted) if request.resume else start
         if self.role is Role.PREFILL and count > 1:
@@ -179,7 +186,7 @@ class FakeWorker:
                 continue
             yield self._tokens(request, ids, offset)
         usage = Usage(prompt_tokens=len(request.token_ids), completion_tokens=count, cached_tokens=0)
-        reason = FinishReason.STOP if count == self.answer_tokens else FinishReason.LENGTH
+        reason = FinishReason.STOP if count == wanted else FinishReason.LENGTH
         yield Finished(reason=reason, usage=usage, timings=Timings(decode_s=0.5), lease=LeaseId(f"l-{self.name}"))
 
     async def _pace(self, offset: int) -> None:

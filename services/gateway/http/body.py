@@ -84,9 +84,13 @@ def _untyped(data: bytes, reason: msgspec.ValidationError) -> Any:
         raise reason from error
 
 
+_SCHEMAS = ("schema", "parameters")
+"""What is somebody's JSON schema: null means something in there."""
+
+
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+        return {k: v if k in _SCHEMAS else _without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
         return [_without_nulls(v) for v in value]
     return value

@@ -11,7 +11,6 @@ import anyio
 from covey.auth import Principal
 from covey.clock import Clock
 from covey.errors import CoveyError
-from covey.types.generate import TokenLogprob
 from covey.types.program import ChoiceDone, Completed, CompletionEvent, Delta, Started
 from services.gateway.completions import Completions
 from services.gateway.config import DispatchSettings
@@ -21,7 +20,7 @@ from services.gateway.stream import Completion
 from .exchange import Exchange
 from .jobs import chat_job, completion_job
 from .schema import ChatBody, CompletionBody, StreamOptions
-from .shape import ChatShape, Json, Shape, TextShape, covey_json, usage_json
+from .shape import ChatShape, Json, Shape, TextShape, covey_json, joined, usage_json
 from .sse import EventStream
 
 
@@ -56,17 +55,13 @@ class Generations:
 
 
 async def _collect(x: Exchange, completion: Completion, shape: Shape, *, has_ids: bool) -> None:
-    texts: dict[int, list[str]] = defaultdict(list)
-    logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
-    ids: dict[int, list[int]] = defaultdict(list)
+    deltas: dict[int, list[Delta]] = defaultdict(list)
     done: dict[int, ChoiceDone] = {}
     end: Completed | None = None
     async for event in completion:
         match event:
             case Delta():
-                texts[event.index].append(event.text)
-                logprobs[event.index] += event.logprobs
-                ids[event.index] += event.ids
+                deltas[event.index].append(event)
             case ChoiceDone():
                 done[event.index] = event
             case Completed():
@@ -74,9 +69,10 @@ async def _collect(x: Exchange, completion: Completion, shape: Shape, *, has_ids
             case Started():
                 pass
     assert end is not None, "a completion ends with Completed or an error"
+    wholes = {i: joined(deltas[i], i) for i in done}
     body = _head(completion, shape, shape.kind) | {
         "choices": [
-            shape.whole(i, "".join(texts[i]), tuple(logprobs[i]), choice.reason) | _ids(ids[i], has_ids=has_ids)
+            shape.whole(wholes[i], choice.reason) | _ids(wholes[i].ids, has_ids=has_ids)
             for i, choice in sorted(done.items())
         ],
         "usage": usage_json(end.usage),
@@ -137,11 +133,11 @@ class _StreamView:
 
     async def _send(self, event: CompletionEvent) -> None:
         match event:
-            case Delta() if event.text or event.logprobs or self._has_ids:
+            case Delta() if event.text or event.calls or event.logprobs or self._has_ids:
                 await self._flush()
                 before = self._chars[event.index]
                 self._chars[event.index] += len(event.text)
-                choice = self._shape.delta(event.index, event.text, event.logprobs, before)
+                choice = self._shape.delta(event, before)
                 await self._chunk([choice | _ids(event.ids, has_ids=self._has_ids)])
             case ChoiceDone():
                 await self._flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,7 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Text = Annotated[str, Meta(max_length=4_194_304)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
@@ -28,20 +29,71 @@ class TextPart(_Strict, frozen=True, kw_only=True):
     type: Literal["text"] = "text"
 
 
+class CalledFunction(_Strict, frozen=True, kw_only=True):
+    name: FunctionName
+    arguments: Text
+
+
+class ToolCallPart(_Strict, frozen=True, kw_only=True):
+    id: Annotated[str, Meta(max_length=256)]
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
 class ChatMessage(_Strict, frozen=True, kw_only=True):
-    """One turn. `tool_call_id` only names the call that a `tool` turn answers; templates do not show it."""
+    """One turn. `content` may be left out of an assistant's turn that has `tool_calls`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None = None
+    tool_calls: Annotated[list[ToolCallPart], Meta(max_length=128)] | None = None
     tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
+    refusal: str | None = None
+
+
+class Function(_Strict, frozen=True, kw_only=True):
+    """`strict` has no effect: forced calls always obey the schema, others never must."""
+
+    name: FunctionName
+    description: Annotated[str, Meta(max_length=16_384)] = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
+class ToolPart(_Strict, frozen=True, kw_only=True):
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class ChosenFunction(_Strict, frozen=True, kw_only=True):
+    name: FunctionName
+
+
+class ChosenTool(_Strict, frozen=True, kw_only=True):
+    function: ChosenFunction
+    type: Literal["function"] = "function"
 
 
 class StreamOptions(_Strict, frozen=True, kw_only=True):
     include_usage: bool = False
 
 
+class JsonSchema(_Strict, frozen=True, kw_only=True):
+    """`strict` has no effect: an answer always obeys the schema."""
+
+    name: FunctionName
+    schema: dict[str, Any]
+    description: Annotated[str, Meta(max_length=16_384)] = ""
+    strict: bool = False
+
+
 class ResponseFormat(_Strict, frozen=True, kw_only=True):
-    type: str
+    """OpenAI's kinds, and `regex` and `grammar` (EBNF with a rule `root`) with their text."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: Annotated[str, Meta(min_length=1, max_length=65_536)] | None = None
+    grammar: Annotated[str, Meta(min_length=1, max_length=65_536)] | None = None
 
 
 class _Generation(_Strict, frozen=True, kw_only=True):
@@ -65,6 +117,7 @@ class _Generation(_Strict, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     min_tokens: Natural | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
     return_token_ids: bool = False
     """Each choice also carries the ids of its tokens (vLLM's name for it)."""
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
@@ -78,7 +131,9 @@ class ChatBody(_Generation, frozen=True, kw_only=True):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolPart], Meta(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionBody(_Generation, frozen=True, kw_only=True):
@@ -109,9 +164,9 @@ class TokenizeBody(_Strict, frozen=True, kw_only=True):
 NOT_YET = frozenset(
     {
         "audio", "best_of", "dimensions", "echo", "function_call", "functions", "guided_json", "metadata", "modalities",
-        "moderation", "name", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
-        "reasoning_effort", "refusal", "safety_identifier", "service_tier", "store", "suffix", "tool_calls",
-        "tool_choice", "tools", "verbosity", "web_search_options", "image_url", "input_audio", "include_obfuscation",
+        "moderation", "name", "prediction", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort",
+        "safety_identifier", "service_tier", "store", "suffix", "verbosity", "web_search_options", "image_url",
+        "input_audio", "include_obfuscation",
     }
 )  # fmt: skip
 """OpenAI's fields that have no effect here yet: refused by name, so that nobody believes they work."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from covey.types.generate import FinishReason, TokenLogprob, TopLogprob, Usage
-from covey.types.program import Completed
+from covey.types.program import CallDelta, Completed, Delta
 
 Json = dict[str, Any]
 
@@ -28,9 +30,11 @@ class Shape(Protocol):
         """The first choice of a stream, before any text."""
         ...
 
-    def delta(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...], chars_before: int) -> Json: ...
+    def delta(self, delta: Delta, chars_before: int) -> Json: ...
     def finish(self, index: int, reason: FinishReason) -> Json: ...
-    def whole(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...], reason: FinishReason) -> Json: ...
+    def whole(self, whole: Delta, reason: FinishReason) -> Json:
+        """A choice that is complete: `whole` has all of its text, calls and log-probabilities."""
+        ...
 
 
 class ChatShape:
@@ -47,17 +51,23 @@ class ChatShape:
     def opening(self, index: int) -> Json | None:
         return self._choice(index, {"role": "assistant", "content": ""}, None, None)
 
-    def delta(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...], chars_before: int) -> Json:
-        return self._choice(index, {"content": text}, self._logprobs(logprobs), None)
+    def delta(self, delta: Delta, chars_before: int) -> Json:
+        message: Json = {"content": delta.text} if delta.text or not delta.calls else {}
+        if delta.calls:
+            message["tool_calls"] = [_call_delta(call) for call in delta.calls]
+        return self._choice(delta.index, message, self._logprobs(delta.logprobs), None)
 
     def finish(self, index: int, reason: FinishReason) -> Json:
         return self._choice(index, {}, None, _REASONS[reason])
 
-    def whole(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...], reason: FinishReason) -> Json:
+    def whole(self, whole: Delta, reason: FinishReason) -> Json:
+        message: Json = {"role": "assistant", "content": whole.text, "refusal": None}
+        if whole.calls:
+            message |= {"content": whole.text or None, "tool_calls": [_call(call) for call in whole.calls]}
         return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._logprobs(logprobs),
+            "index": whole.index,
+            "message": message,
+            "logprobs": self._logprobs(whole.logprobs),
             "finish_reason": _REASONS[reason],
         }
 
@@ -85,14 +95,14 @@ class TextShape:
     def opening(self, index: int) -> Json | None:
         return None
 
-    def delta(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...], chars_before: int) -> Json:
-        return self._choice(index, text, self._logprobs(logprobs, chars_before), None)
+    def delta(self, delta: Delta, chars_before: int) -> Json:
+        return self._choice(delta.index, delta.text, self._logprobs(delta.logprobs, chars_before), None)
 
     def finish(self, index: int, reason: FinishReason) -> Json:
         return self._choice(index, "", None, _REASONS[reason])
 
-    def whole(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...], reason: FinishReason) -> Json:
-        return self._choice(index, text, self._logprobs(logprobs, 0), _REASONS[reason])
+    def whole(self, whole: Delta, reason: FinishReason) -> Json:
+        return self._choice(whole.index, whole.text, self._logprobs(whole.logprobs, 0), _REASONS[reason])
 
     def _choice(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -143,6 +153,32 @@ def covey_json(end: Completed, request_id: str) -> Json:
         "migrations": end.migrations,
         "request_id": request_id,
     }
+
+
+def joined(deltas: Sequence[Delta], index: int) -> Delta:
+    """All deltas of one choice as one; each call is whole in it."""
+    calls: dict[int, CallDelta] = {}
+    for more in (call for delta in deltas for call in delta.calls):
+        known = calls.get(more.index)
+        calls[more.index] = more if known is None else replace(known, arguments=known.arguments + more.arguments)
+    return Delta(
+        index=index,
+        text="".join(delta.text for delta in deltas),
+        ids=tuple(token for delta in deltas for token in delta.ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        calls=tuple(calls[i] for i in sorted(calls)),
+    )
+
+
+def _call(call: CallDelta) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(call: CallDelta) -> Json:
+    """The first delta of a call says what it is; later ones have arguments only."""
+    head: Json = {"id": call.id, "type": "function"} if call.id else {}
+    name: Json = {"name": call.name} if call.name else {}
+    return {"index": call.index} | head | {"function": name | {"arguments": call.arguments}}
 
 
 def _token(t: TokenLogprob | TopLogprob) -> Json:

@@ -11,6 +11,7 @@ import msgspec
 from covey.errors import InvalidArgument, NotFound
 from covey.policy import template
 from covey.policy.dag import Node
+from covey.types.grammar import read_grammar
 from covey.types.program import SemanticCall
 from services.gateway.models import Catalog
 
@@ -49,12 +50,22 @@ def _node(i: int, call: SemanticCall, catalog: Catalog) -> Node:
             raise InvalidArgument(f"call {call.call_id!r}: no role {message.role!r}", field=f"{where}.messages.role")
     if call.params.n != 1:
         raise InvalidArgument(f"call {call.call_id!r} sets one variable: n must be 1", field=f"{where}.params.n")
+    if call.params.grammar:
+        _check_grammar(call, where)
     try:
         catalog.find(call.model)
     except NotFound as error:
         raise NotFound(f"call {call.call_id!r}: {error.message}", field=f"{where}.model") from error
     inputs = dict.fromkeys(name for message in call.messages for name in template.names(message.content))
     return Node(call_id=call.call_id, inputs=tuple(inputs), output=call.output, digest=_digest(call))
+
+
+def _check_grammar(call: SemanticCall, where: str) -> None:
+    try:
+        read_grammar(call.params.grammar)
+    except InvalidArgument as error:
+        message = f"call {call.call_id!r}: {error.field}: {error.message}"
+        raise InvalidArgument(message, field=f"{where}.params.grammar") from error
 
 
 def _digest(call: SemanticCall) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import anyio
 
@@ -87,7 +88,7 @@ class Program:
     def messages(self, call: SemanticCall) -> tuple[Message, ...]:
         """The call's prompt with its inputs put in."""
         values = {name: self.values[name].value for name in self.graph.nodes[call.call_id].inputs}
-        return tuple(Message(role=m.role, content=template.render(m.content, values)) for m in call.messages)
+        return tuple(replace(m, content=template.render(m.content, values)) for m in call.messages)
 
     def purpose(self, call_id: CallId) -> Purpose:
         """What the call is for, as deduced from what is awaited now."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from covey.clock import Clock
 from covey.codec.methods import Inference, SemCache
 from covey.errors import InvalidArgument
 from covey.net.rpc import Call, Channels, Handlers
 from covey.types.common import Empty
+from covey.types.grammar import read_grammar
 from covey.types.ids import RequestId
 from covey.types.program import (
     ChatRequest,
@@ -18,11 +20,13 @@ from covey.types.program import (
     EmbedReply,
     EmbedRequest,
     ModelList,
+    ToolChoice,
 )
 from services.gateway.completions import Completions
 from services.gateway.job import Job, Prompt
 from services.gateway.models import Catalog
 from services.gateway.programs.intake import ROLES
+from services.gateway.tools.forced import check_tooling
 
 from .credentials import tenant_of
 
@@ -61,7 +65,15 @@ class InferenceServicer:
         for i, message in enumerate(request.messages):
             if message.role not in ROLES:
                 raise InvalidArgument(f"no role {message.role!r}", field=f"messages[{i}].role")
-        async with self._completions.open(self._job(request, Prompt(messages=request.messages), call)) as completion:
+        tooling = request.tooling
+        if tooling is not None:
+            check_tooling(tooling)
+            if request.params.grammar:
+                raise InvalidArgument("a grammar and tools exclude each other", field="params.grammar")
+            tooling = None if tooling.choice is ToolChoice.NONE else tooling
+        prompt = Prompt(messages=request.messages, tools=tooling.tools if tooling is not None else ())
+        job = replace(self._job(request, prompt, call), tooling=tooling)
+        async with self._completions.open(job) as completion:
             async for event in completion:
                 yield event
 
@@ -78,6 +90,8 @@ class InferenceServicer:
         return ModelList(models=self._catalog.cards())
 
     def _job(self, request: ChatRequest | CompleteRequest, prompt: Prompt, call: Call) -> Job:
+        if request.params.grammar:
+            read_grammar(request.params.grammar)
         wanted_s = min(request.deadline_s or self._deadline_s, call.remaining_s())
         return Job(
             request_id=RequestId(f"{call.request_id[:64]}-{secrets.token_hex(4)}"),

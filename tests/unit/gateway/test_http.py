@@ -173,6 +173,7 @@ async def test_extras_reach_the_worker() -> None:
     assert (sampling.top_k, sampling.ignore_eos, dict(sampling.logit_bias)) == (5, True, {97: -100.0})
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 BAD: list[tuple[Any, int, str | None, str]] = [
     (b"{", 400, None, "invalid_argument"),
     (b"[]", 400, None, "invalid_argument"),
@@ -191,12 +192,29 @@ BAD: list[tuple[Any, int, str | None, str]] = [
         {"messages": [{"role": "user", "content": "a", "tool_calls": []}]},
         400,
         "messages[0].tool_calls",
-        "unsupported_parameter",
+        "invalid_argument",
     ),
-    ({"tools": []}, 400, "tools", "unsupported_parameter"),
-    ({"tool_choice": "auto"}, 400, "tool_choice", "unsupported_parameter"),
+    ({"tools": []}, 400, "tools", "invalid_argument"),
+    ({"tools": [TOOL, TOOL]}, 400, "tools", "invalid_argument"),
+    ({"tools": [TOOL | {"type": "retrieval"}]}, 400, "tools[0].type", "invalid_argument"),
+    ({"tool_choice": "auto"}, 400, "tool_choice", "invalid_argument"),
+    ({"tools": [TOOL], "tool_choice": "maybe"}, 400, "tool_choice", "invalid_argument"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        400,
+        "tool_choice",
+        "invalid_argument",
+    ),
+    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, 400, "response_format", "invalid_argument"),
     ({"audio": {}}, 400, "audio", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+    ({"response_format": {"type": "yaml"}}, 400, "response_format.type", "invalid_argument"),
+    ({"response_format": {"type": "regex"}}, 400, "response_format.regex", "invalid_argument"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+        400,
+        "response_format.json_schema.schema.not",
+        "invalid_argument",
+    ),
     ({"max_token": 5}, 400, "max_token", "unknown_parameter"),
     ({"stream_options": {"x": 1}}, 400, "stream_options.x", "unknown_parameter"),
     ({"top_logprobs": 3}, 400, "top_logprobs", "invalid_argument"),

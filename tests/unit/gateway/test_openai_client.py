@@ -65,7 +65,7 @@ async def test_errors_are_the_clients_own() -> None:
                 await client.chat.completions.create(model="none", messages=MESSAGES)
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.chat.completions.create(
-                    model=MODEL, messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
+                    model=MODEL, messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f g"}}]
                 )
             with pytest.raises(openai.AuthenticationError):
                 await client.with_options(api_key="wrong").chat.completions.create(model=MODEL, messages=MESSAGES)
@@ -74,7 +74,7 @@ async def test_errors_are_the_clients_own() -> None:
                 async for _ in await client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True):
                     pass
     assert missing.value.code == "model_not_found"
-    assert refused.value.param == "tools"
+    assert refused.value.param == "tools[0].function.name"
 
 
 async def test_the_synchronous_client() -> None:

@@ -96,3 +96,21 @@ async def test_a_stream_that_breaks_off_is_an_error(monkeypatch: pytest.MonkeyPa
         reply = await client.post("/v1/chat/completions", json=BODY | {"stream": True})
     assert "[DONE]" not in reply.text
     assert '"error"' in reply.text
+
+
+async def test_functions_and_json_formats_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    async with http_edge() as far, front(f"{far.url}/v1", monkeypatch) as client:
+        worker = await worker_of(far, script='<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>')
+        reply = await client.post("/v1/chat/completions", json=BODY | {"tools": [tool], "tool_choice": "required"})
+        called = reply.json()["choices"][0]
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+        await client.post("/v1/chat/completions", json=BODY | {"response_format": form})
+        odd = await client.post(
+            "/v1/chat/completions", json=BODY | {"response_format": {"type": "regex", "regex": "a"}}
+        )
+    assert called["finish_reason"] == "tool_calls"
+    assert called["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert "structural_tag" in worker.seen[0].grammar
+    assert worker.seen[1].grammar == '{"json_schema":{"type":"object"}}'
+    assert (odd.status_code, odd.json()["error"]["param"]) == (400, "response_format")
