@@ -51,7 +51,7 @@ class Child:
                 )
         except OSError as error:
             raise Unavailable(f"cannot start {command[0]}: {error}") from error
-        self._is_stopped = False
+        self._is_stopped = self._is_closed = False
 
     @property
     def pid(self) -> int:
@@ -81,7 +81,10 @@ class Child:
         return answer["result"]
 
     def close(self) -> None:
-        """End the whole group, whatever it is doing."""
+        """End the whole group, whatever it is doing; without effect the second time."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._continue()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:

@@ -164,7 +164,11 @@ class EngineBench:
             clock=self._clock,
         )
         self._stack.callback(child.close)
-        return child, child.until_ready(contender.start_limit_s)
+        try:
+            return child, child.until_ready(contender.start_limit_s)
+        except CoveyError:
+            child.close()
+            raise
 
     def _warm_up(self, text: Sequence[int], rounds: int) -> None:
         """The first step of a shape may compile, and the first touch of a page of memory costs, in any system."""

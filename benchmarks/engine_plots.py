@@ -21,10 +21,13 @@ from matplotlib import pyplot as plt
 def engine_plot(path: Path, figures: Figures, points: Mapping[str, Sequence[Point]]) -> None:
     """Bars of prefill and decode, a group for each case, and the time of a step over its context."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, 2 + len(points), figsize=(8 * 2 + 6 * len(points), 6), layout="constrained")
-    _bars(axes[0], figures, PREFILL, "prefill")
-    _bars(axes[1], figures, DECODE, "decode")
-    for axis, (precision, measured) in zip(axes[2:], points.items(), strict=True):
+    figure = plt.figure(figsize=(16, 12), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    rates = above.subplots(1, 2)
+    _bars(rates[0], figures, PREFILL, "prefill")
+    _bars(rates[1], figures, DECODE, "decode")
+    steps = below.subplots(1, len(points), squeeze=False)[0]
+    for axis, (precision, measured) in zip(steps, points.items(), strict=True):
         _steps(axis, precision, measured, *figures.growth[precision])
     figure.savefig(path, dpi=110)
     plt.close(figure)

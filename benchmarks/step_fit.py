@@ -51,8 +51,8 @@ def fit(points: Sequence[Point]) -> Growth:
 
 def arithmetic(config: ModelConfig, limits: Limits, precision: str, kv_bytes_per_token: float) -> Growth:
     """The same three numbers from the machine's limits: reading the weights once, a row's products, a token's keys and
-    values (read, or multiplied, whichever takes longer). Their sum is an upper bound of `Limits.decode_tokens_per_s`,
-    where the products hide behind the reads.
+    values (read, or multiplied, whichever takes longer). In the roofline of `Limits.decode_tokens_per_s` products and
+    reads hide behind each other; here they add up.
     """
     weights = decode_weights(config)
     attention_s = attention_operations(config) / limits.product_rate("fp32")
