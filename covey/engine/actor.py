@@ -82,8 +82,9 @@ class EngineActor:
                 seq.outbox.put(failed(Unavailable("the engine stopped")))
 
     async def _turn(self, inbox: Inbox[Message]) -> None:
+        failpoint.hit("engine.turn")
         self._drain_inbox(inbox)
-        now = self.board.busy_since = self._clock.now()
+        now = self.board.busy_since = self.board.seen_at = self._clock.now()
         self._sweep(now)
         self.lifecycle.admit(now)
         step = self.lifecycle.begin_step(now, on_end=lambda: inbox.signal(Wake()))
@@ -117,7 +118,7 @@ class EngineActor:
         batcher = self.lifecycle.batcher
         interrupts_at = batcher.interrupts_at()
         while not step.is_done:
-            now = self._clock.now()
+            now = self.board.seen_at = self._clock.now()
             self.lifecycle.sweep(now)
             if (interrupts_at is not None and now >= interrupts_at) or batcher.should_interrupt(now):
                 step.interrupt.preempt()

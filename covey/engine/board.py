@@ -18,6 +18,8 @@ class Board:
     load: EngineLoad = field(default_factory=EngineLoad)
     busy_since: float | None = None
     """When the actor's running turn began; None while it waits for something to do."""
+    seen_at: float | None = None
+    """When the actor last ran; None before it did. It does every second, also while a step runs."""
     steps: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
@@ -41,6 +43,11 @@ class Board:
     def is_stalled(self, now: float, stall_s: float) -> bool:
         """Whether a turn, and the step in it, takes so long that it must be stuck."""
         return self.busy_since is not None and now - self.busy_since > stall_s
+
+    def is_stuck(self, now: float, stuck_s: float) -> bool:
+        """Whether a step, or the event loop, has been held up for so long."""
+        is_silent = self.seen_at is not None and now - self.seen_at > stuck_s
+        return is_silent or self.is_stalled(now, stuck_s)
 
     def count(self, chunks: Iterable[Chunk], suspended: Container[int]) -> None:
         """Count a step; chunks that stopped between two layers count when they are through."""

@@ -66,6 +66,8 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     pinned_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = _LIMITS.pinned_share
     writebacks_max: PositiveInt = _LIMITS.writebacks_max
     step_stall_s: Positive = _LIMITS.step_stall_s
+    stuck_exit_s: Positive = 120.0
+    """When a step or the event loop is held up for this long, the process exits with code 1, to be started anew."""
     niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = _LIMITS.niceness
 
     def __post_init__(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,10 +19,14 @@ from covey.net.registry import Registry
 from covey.net.rpc import Channels
 from covey.types.event import WorkerState
 from covey.types.generate import Role
+from covey.types.ids import WorkerId
+from covey.types.store import BlockStore
 
+from .actor import OnBlocks
 from .config import EngineConfig
-from .engine import Engine
+from .engine import Engine, open_engine
 from .text import Vocabulary
+from .watchdog import watchdog
 
 SHARE_FILE = "engines.share"
 
@@ -33,6 +38,36 @@ class LoadedModel:
     runner: Runner
     vocabulary: Vocabulary
     name: str
+
+
+@asynccontextmanager
+async def open_worker(
+    config: EngineConfig,
+    *,
+    role: Role,
+    worker: WorkerId,
+    clock: Clock,
+    run_dir: Path,
+    store: BlockStore,
+    on_blocks: OnBlocks | None = None,
+) -> AsyncIterator[Engine]:
+    """Load the model and run its engine under a watchdog. Raises Unavailable as `load_model` does."""
+    model = await load_model(config, run_dir=run_dir, clock=clock)
+    with closing(model.runner):
+        async with open_engine(
+            model.runner,
+            model.vocabulary,
+            role=role,
+            worker=worker,
+            clock=clock,
+            limits=config.limits(),
+            store=store,
+            on_blocks=on_blocks,
+            model=model.name,
+            grace_s=config.drain_s,
+        ) as engine:
+            with watchdog(engine.board, clock, stuck_s=config.stuck_exit_s):
+                yield engine
 
 
 async def load_model(config: EngineConfig, *, run_dir: Path, clock: Clock) -> LoadedModel:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 
 import anyio
 
 from covey.engine.block_events import BlockEvents
-from covey.engine.engine import open_engine
-from covey.engine.worker import gauges, load_model, store_client
+from covey.engine.worker import gauges, open_worker, store_client
 from covey.net.bus import Bus
 from covey.net.kv_events import KvEventPublisher
 from covey.runtime import Runtime
@@ -22,27 +21,23 @@ from .servicer import Servicer
 async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped; what runs then has `drain_s` to end. Raises Unavailable when a dependency is missing."""
     async with rt.bus() as bus, rt.registry(bus) as registry, _block_events(bus, rt) as events:
-        model = await load_model(config, run_dir=rt.run_dir, clock=rt.clock)
-        with closing(model.runner):
-            async with (
-                open_engine(
-                    model.runner,
-                    model.vocabulary,
-                    role=Role.DECODE,
-                    worker=rt.worker,
-                    clock=rt.clock,
-                    limits=config.limits(),
-                    store=store_client(config, registry, rt.channels, clock=rt.clock, host=rt.host),
-                    on_blocks=events.note,
-                    model=model.name,
-                    grace_s=config.drain_s,
-                ) as engine,
-                rt.serve_rpc(config.listen, Servicer(engine, events).handlers(), config.drain_s) as server,
-                rt.announce(bus, Role.DECODE, server.address, engine=engine.info(), load=engine.load),
-            ):
-                rt.metrics.sampled("engine", "State and counts of the engine.", ["what"], lambda: gauges(engine))
-                await rt.ready()
-                await rt.until_stopped()
+        store = store_client(config, registry, rt.channels, clock=rt.clock, host=rt.host)
+        async with (
+            open_worker(
+                config,
+                role=Role.DECODE,
+                worker=rt.worker,
+                clock=rt.clock,
+                run_dir=rt.run_dir,
+                store=store,
+                on_blocks=events.note,
+            ) as engine,
+            rt.serve_rpc(config.listen, Servicer(engine, events).handlers(), config.drain_s) as server,
+            rt.announce(bus, Role.DECODE, server.address, engine=engine.info(), load=engine.load),
+        ):
+            rt.metrics.sampled("engine", "State and counts of the engine.", ["what"], lambda: gauges(engine))
+            await rt.ready()
+            await rt.until_stopped()
 
 
 @asynccontextmanager
