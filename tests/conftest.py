@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers abort children that are forked amid calls
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read at Triton's first import, which may come from any library
 
 import hypothesis
 import pytest

@@ -1,18 +1,19 @@
-"""The GPU runner's tests run its kernels in Triton's interpreter, which must be chosen before Triton is imported."""
+"""The GPU runner's tests run its kernels in Triton's interpreter, which `tests/conftest.py` chooses before anything
+imports Triton.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 
 import pytest
-
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    raise RuntimeError("something imported triton before tests/unit/model/gpu, without its interpreter")
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
+import triton
+
+
+def pytest_configure() -> None:
+    if not triton.knobs.runtime.interpret:
+        raise pytest.UsageError("these tests run under TRITON_INTERPRET=1")
 
 
 @pytest.fixture(autouse=True)
