@@ -18,7 +18,7 @@ from .text import Vocabulary
 THREADS = 2
 COMPILE_S = 10.0
 """A grammar that takes longer is refused; what it has begun runs on, as threads cannot be ended."""
-WAITING_MAX = 64
+WAITING_MAX = 512
 
 
 class Grammars:
@@ -39,7 +39,8 @@ class Grammars:
                 raise Overloaded("too many grammars are being compiled", retry_after_ms=1000)
             known = self._pending[text] = self._threads.submit(self._compiler.compile, text)
             known.add_done_callback(lambda _: self._pending.pop(text, None))
-        return Compilation(known, self._clock, give_up_at=self._clock.now() + min(self._compile_s, timeout_s))
+        deadline = self._clock.now() + timeout_s
+        return Compilation(known, self._clock, compile_s=self._compile_s, deadline=deadline)
 
     def close(self) -> None:
         """Let the threads end; what they compile is not waited for."""
@@ -50,37 +51,45 @@ class Grammars:
 class Compilation:
     """A grammar that is being compiled, for one of those who wait for it."""
 
-    def __init__(self, future: Future[CompiledGrammar], clock: Clock, *, give_up_at: float) -> None:
+    def __init__(self, future: Future[CompiledGrammar], clock: Clock, *, compile_s: float, deadline: float) -> None:
         self._future = future
         self._clock = clock
-        self._give_up_at = give_up_at
+        self._compile_s = compile_s
+        self._deadline = deadline
+        self._give_up_at = deadline
+        self._has_begun = False
 
     async def wait(self, wait_s: float) -> CompiledGrammar | None:
         """The grammar, or None after `wait_s` seconds without it.
 
         Raises:
             InvalidArgument: it is no grammar, or takes too long (field `grammar`).
-            Overloaded: others took too long before it.
+            Overloaded: others took all the time before it.
             Unavailable: the engine stopped.
             Unimplemented: this worker cannot constrain its output.
         """
+        if not self._has_begun and self._future.running():
+            self._has_begun = True
+            self._give_up_at = min(self._deadline, self._clock.now() + self._compile_s)
         left_s = self._give_up_at - self._clock.now()
-        if left_s > 0 and not self._future.done():
-            ended = anyio.Event()
-            loop = asyncio.get_running_loop()
-            self._future.add_done_callback(lambda _: _tell(loop, ended))
-            with anyio.move_on_after(min(wait_s, left_s)):
-                await ended.wait()
+        if left_s > 0:
+            await self._until_done(min(wait_s, left_s))
         if self._future.cancelled():
             raise Unavailable("the engine stopped")
         if self._future.done():
             return self._future.result()
         if left_s > wait_s:
             return None
-        if self._future.running():
-            message = "the grammar takes too long to compile: make it smaller"
-            raise InvalidArgument(message, field="grammar")
+        if self._has_begun:
+            raise InvalidArgument("the grammar takes too long to compile: make it smaller", field="grammar")
         raise Overloaded("too many grammars are being compiled", retry_after_ms=1000)
+
+    async def _until_done(self, wait_s: float) -> None:
+        ended = anyio.Event()
+        loop = asyncio.get_running_loop()
+        self._future.add_done_callback(lambda _: _tell(loop, ended))
+        with anyio.move_on_after(wait_s):
+            await ended.wait()
 
 
 def _tell(loop: asyncio.AbstractEventLoop, ended: anyio.Event) -> None:

@@ -81,10 +81,16 @@ class Answer:
         return self.events[-1]
 
 
-async def collect(engine: Engine, request: GenerateRequest, on_event: Callable[[Event], None] | None = None) -> Answer:
+async def collect(
+    engine: Engine,
+    request: GenerateRequest,
+    on_event: Callable[[Event], None] | None = None,
+    *,
+    timeout_s: float = 60.0,
+) -> Answer:
     """Read a stream to its end."""
     answer = Answer()
-    with anyio.fail_after(60):
+    with anyio.fail_after(timeout_s):
         async with aclosing(engine.generate(request)) as events:
             async for event in events:
                 answer.events.append(event)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from typing import Any
 
 import anyio
 import pytest
 
 from covey.engine.fake import FakeRunner
+from covey.model.grammar import GrammarCompiler
 from covey.model.text_stream import TextStream
-from covey.types.generate import Failed, Finished, FinishReason, Progress, Resume, Role
+from covey.types.generate import Event, Failed, Finished, FinishReason, Progress, Resume, Role
 from covey.types.grammar import Grammar, GrammarKind
 from tests.support.engines import assert_idle, collect, is_whole, request_of, running_engine
 
 K = GrammarKind
-PERSON = {
+PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 6},
@@ -194,10 +196,6 @@ async def test_a_dead_end_fails_its_request_only() -> None:
 
 
 async def test_a_stream_shows_life_while_its_grammar_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
-    from covey.model.grammar import GrammarCompiler
-
     released = threading.Event()
     compile_ = GrammarCompiler.compile
 
@@ -205,10 +203,12 @@ async def test_a_stream_shows_life_while_its_grammar_is_compiled(monkeypatch: py
         assert released.wait(30)
         return compile_(self, text)
 
+    def release(event: Event) -> None:
+        if isinstance(event, Progress):
+            released.set()
+
     monkeypatch.setattr(GrammarCompiler, "compile", slow)
     async with engine_of() as engine:
-        answer = await collect(
-            engine, constrained(K.REGEX, "abc"), on_event=lambda event: isinstance(event, Progress) and released.set()
-        )
+        answer = await collect(engine, constrained(K.REGEX, "abc"), on_event=release)
     assert isinstance(answer.events[0], Progress)
     assert answer.text == "abc"
