@@ -21,6 +21,7 @@ from covey.net.rpc import Channel
 from covey.testing import assert_eventually
 from covey.types.common import Empty
 from tests.support.meshes import PACKAGED, TINY, chat_body, client_of, mesh_of
+from tests.support.probe import probing
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
@@ -134,3 +135,44 @@ async def test_a_restart_of_nats_does_not_touch_a_running_stream(tmp_path: Path)
         assert last["covey"]["migrations"] == 0
         again, _ = await _disturbed(mesh, body, nothing)
         assert again == undisturbed
+
+
+async def test_prefill_killed_under_three_requests_costs_time_only_and_no_worker_at_all_is_a_503(
+    tmp_path: Path,
+) -> None:
+    settings = ("gateway.routing.split=always", "prefill.max_batch_tokens=80", "prefill.max_running=16")
+    slow = {f"prefill-{i}": {"COVEY_FAILPOINTS": "engine.after_step=sleep(0.05)"} for i in range(2)}
+    bodies = [chat_body(TINY, f"Tell me about river {i}. " * 20, max_tokens=12, ignore_eos=True) for i in range(3)]
+    async with mesh_of(tmp_path, prefill=2, settings=settings, environments=slow) as mesh, client_of(mesh) as client:
+        answers: dict[int, httpx.Response] = {}
+
+        async def ask(index: int) -> None:
+            answers[index] = await client.post("/v1/chat/completions", json=bodies[index])
+
+        async with anyio.create_task_group() as tg:
+            for index in range(3):
+                tg.start_soon(ask, index)
+            busy = await _prefilling(mesh)
+            busy.process.kill()
+        disturbed = {index: answers[index].json() for index in range(3)}
+        assert [answer.status_code for answer in answers.values()] == [httpx.codes.OK] * 3
+        assert sum(answer["covey"]["migrations"] for answer in disturbed.values()) >= 1
+        for index in range(3):
+            await ask(index)
+            assert answers[index].json()["choices"] == disturbed[index]["choices"]
+        for name, child in mesh.children.items():
+            if name.startswith(("prefill", "decode")) and child.running:
+                child.process.kill()
+        await ask(0)
+        assert answers[0].status_code == httpx.codes.SERVICE_UNAVAILABLE
+        assert int(answers[0].headers["retry-after"]) >= 1
+
+
+async def _prefilling(mesh: Mesh) -> Child:
+    """A prefill worker that has a request."""
+    async with probing(mesh) as probe:
+        with anyio.fail_after(30):
+            while True:
+                for name in probe.names("prefill"):
+                    if (await probe.load(name)).running:
+                        return mesh.children[name]

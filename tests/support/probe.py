@@ -100,6 +100,10 @@ class Probe:
             lookups=sum(s["hits"] + s["misses"] for s in stores),
         )
 
+    async def engine_counts(self, name: str) -> dict[str, int]:
+        """State and counts of one engine."""
+        return await self._counts(name, "covey_engine")
+
     async def metrics(self, url: str) -> dict[str, float]:
         """Samples without labels, by name."""
         return {s.name: s.value for s in await self._samples(url) if not s.labels}
