@@ -17,7 +17,7 @@ from .kernels.prefill_attention import prefill_attention
 from .kernels.rotary import rotate_heads
 from .kernels.scatter import scatter
 from .pages import DevicePool
-from .weights import DeviceLayer, DeviceWeights
+from .weights import DeviceWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,47 +50,35 @@ class GpuDecoder:
         angles = torch.outer(positions.float(), self._frequencies)
         return angles.cos(), angles.sin()
 
-    def layer(
-        self,
-        index: int,
-        stream: Stream,
-        batch: GpuBatch,
-        phases: tuple[torch.Tensor, torch.Tensor],
-        keep: torch.Tensor | None = None,
-    ) -> Stream:
-        """Run one layer: fill its pages and go on with the stream, after the pages only with the rows `keep`."""
-        layer, config = self._weights.layers[index], self._config
-        normed = add_rms_norm(stream.hidden, stream.delta, layer.attn_norm, config.rms_eps, self._weights.dtype)
-        hidden, attended = stream.hidden, self._attend(index, layer, normed, batch, phases)
-        if keep is not None:
-            hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)
-        normed = add_rms_norm(hidden, torch.mm(attended, layer.o), layer.mlp_norm, config.rms_eps, self._weights.dtype)
-        gate, up = torch.mm(normed, layer.gate_up).chunk(2, dim=1)
-        return Stream(hidden=hidden, delta=torch.mm(silu(gate).mul_(up), layer.down))
+    def layer(self, index: int, stream: Stream, batch: GpuBatch, phases: tuple[torch.Tensor, torch.Tensor]) -> Stream:
+        """Run one layer: fill its pages and go on with the stream."""
+        return self._feed_forward(index, stream.hidden, self._attend(index, stream, batch, phases))
 
-    def logits(self, stream: Stream) -> torch.Tensor:
-        """Logits [row, vocab] in fp32."""
-        weights = self._weights
-        final = add_rms_norm(stream.hidden, stream.delta, weights.final_norm, self._config.rms_eps, weights.dtype)
-        return torch.mm(final, weights.head).float()
+    def last_layer(
+        self, stream: Stream, batch: GpuBatch, phases: tuple[torch.Tensor, torch.Tensor], keep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the last layer, after its pages only with the rows `keep`: their logits [kept, vocab] in fp32, and for
+        every token whether it is made of finite numbers.
+        """
+        index = self._config.n_layers - 1
+        attended = self._attend(index, stream, batch, phases)
+        is_finite = torch.isfinite(stream.hidden).all(dim=1) & torch.isfinite(attended).all(dim=1)
+        hidden = stream.hidden.index_select(0, keep)
+        return self._logits(self._feed_forward(index, hidden, attended.index_select(0, keep))), is_finite
 
     def decode(self, batch: GpuBatch) -> torch.Tensor:
         """Logits of a batch through all layers, a row a token."""
         stream, phases = Stream(hidden=self.embed(batch.tokens)), self.phases(batch.positions)
         for index in range(self._config.n_layers):
             stream = self.layer(index, stream, batch, phases)
-        return self.logits(stream)
+        return self._logits(stream)
 
     def _attend(
-        self,
-        index: int,
-        layer: DeviceLayer,
-        normed: torch.Tensor,
-        batch: GpuBatch,
-        phases: tuple[torch.Tensor, torch.Tensor],
+        self, index: int, stream: Stream, batch: GpuBatch, phases: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        config = self._config
-        qkv = torch.mm(normed, layer.qkv)
+        """Add what the stream lacks, fill the layer's pages, and return what its heads found [token, heads * dim]."""
+        config, layer, dtype = self._config, self._weights.layers[index], self._weights.dtype
+        qkv = torch.mm(add_rms_norm(stream.hidden, stream.delta, layer.attn_norm, config.rms_eps, dtype), layer.qkv)
         if layer.qkv_bias is not None:
             qkv.add_(layer.qkv_bias)
         rotate_heads(qkv, *phases, config.n_heads, config.n_kv_heads, layer.head_norms, config.rms_eps)
@@ -102,3 +90,15 @@ class GpuDecoder:
         if batch.chunks is not None:
             prefill_attention(qkv, self._pool, index, batch.chunks, out)
         return out.view(len(qkv), -1)
+
+    def _feed_forward(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> Stream:
+        layer, dtype = self._weights.layers[index], self._weights.dtype
+        found = torch.mm(attended, layer.o)
+        normed = add_rms_norm(hidden, found, layer.mlp_norm, self._config.rms_eps, dtype)
+        gate, up = torch.mm(normed, layer.gate_up).chunk(2, dim=1)
+        return Stream(hidden=hidden, delta=torch.mm(silu(gate).mul_(up), layer.down))
+
+    def _logits(self, stream: Stream) -> torch.Tensor:
+        weights = self._weights
+        final = add_rms_norm(stream.hidden, stream.delta, weights.final_norm, self._config.rms_eps, weights.dtype)
+        return torch.mm(final, weights.head).float()

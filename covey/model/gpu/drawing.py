@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from covey.model.sampler import draw, uniform
 
 from .kernels.sampling import NOT_FINITE, DrawSettings, draw_tokens
 
-_BROKEN = "the model's logits are not finite, or nothing may be drawn"
+_NO_DRAW = "the model's logits are not finite, or nothing may be drawn"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +25,11 @@ class _Place:
     spec: SampleSpec
 
 
-def draw_rows(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[list[Sampled], list[tuple[int, str]]]:
-    """The draws of rows that have a `sample`, and the rows that failed alone.
+def draw_rows(
+    logits: torch.Tensor, rows: Sequence[Row], broken: Collection[int]
+) -> tuple[list[Sampled], list[tuple[int, str]]]:
+    """The draws of rows that have a `sample`, and the rows that failed alone: `broken` sequences, and those of which
+    no token can be drawn.
 
     `logits` holds `draft + 1` rows for each, in order.
     """
@@ -37,11 +40,13 @@ def draw_rows(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[list[Sampled],
     ]
     quick = [place for group in places for place in group if _is_quick(place.spec)]
     tokens = dict(zip((place.at for place in quick), _draw_quick(logits, quick), strict=True))
-    sampled, failed = [], []
+    sampled, failed = [], [(seq, "the model's hidden states are not finite") for seq in broken]
     for row, group in zip(rows, places, strict=True):
+        if row.seq in broken:
+            continue
         draws = _accept(row, group, tokens, logits)
         if draws is None:
-            failed.append((row.seq, _BROKEN))
+            failed.append((row.seq, _NO_DRAW))
         else:
             sampled.append(Sampled(seq=row.seq, draws=draws))
     return sampled, failed

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from covey.model.plan import Interrupt, Row, RunnerInfo
@@ -29,11 +30,14 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passed:
-    """The rows that came through and draw, with their logits, `draft + 1` rows each; the others by layer."""
+    """The rows that came through and draw, with their logits, `draft + 1` rows each; the sequences that came through but
+    are not made of finite numbers; and what the others left.
+    """
 
     drawing: tuple[Row, ...]
-    logits: torch.Tensor | None
-    left: dict[int, Left]
+    logits: torch.Tensor
+    broken: tuple[int, ...] = ()
+    left: dict[int, Left] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,7 +69,6 @@ class LayerPass:
         n_layers = self._info.n_layers
         waiting, wave = list(rows), None
         first = min(row.first_layer for row in rows)
-        logits = None
         for layer in range(first, n_layers):
             live: Sequence[Row] = wave.batch.rows if wave is not None else ()
             if layer > first and interrupt is not None:
@@ -77,10 +80,9 @@ class LayerPass:
                 wave = self._regrouped(wave, [*staying, *joining])
             if wave is None and not waiting:
                 break
-            if wave is not None:
-                logits = self._advance(wave, layer)
-        drawing = tuple(row for row in wave.batch.rows if row.sample is not None) if wave is not None else ()
-        return Passed(drawing=drawing, logits=logits, left=self._left)
+            if wave is not None and layer < n_layers - 1:
+                wave.stream = self._decoder.layer(layer, wave.stream, wave.batch, wave.phases)
+        return self._finished(wave)
 
     def _stopped(
         self, interrupt: Interrupt, layer: int, live: Sequence[Row], waiting: Sequence[Row], wave: _Wave | None
@@ -129,15 +131,17 @@ class LayerPass:
             hidden = self._decoder.embed(batch.tokens)
         return _Wave(batch=batch, phases=self._decoder.phases(batch.positions), stream=Stream(hidden=hidden))
 
-    def _advance(self, wave: _Wave, layer: int) -> torch.Tensor | None:
-        """Run one layer; after the last one return the logits of what is drawn."""
-        if layer < self._info.n_layers - 1:
-            wave.stream = self._decoder.layer(layer, wave.stream, wave.batch, wave.phases)
-            return None
-        keep = drawing_places(wave.batch)
-        (index,) = upload([keep], self._device)
-        stream = self._decoder.layer(layer, wave.stream, wave.batch, wave.phases, keep=index)
-        return self._decoder.logits(stream) if keep.size else None
+    def _finished(self, wave: _Wave | None) -> Passed:
+        """Run the last layer with the rows that are left."""
+        if wave is None:
+            return Passed(drawing=(), logits=torch.empty(0), left=self._left)
+        (keep,) = upload([drawing_places(wave.batch)], self._device)
+        logits, is_finite = self._decoder.last_layer(wave.stream, wave.batch, wave.phases, keep)
+        rows, fine = wave.batch.rows, is_finite.cpu().numpy()
+        bad = np.flatnonzero(~np.logical_and.reduceat(fine, wave.batch.firsts[:-1]))
+        broken = tuple(rows[i].seq for i in bad)
+        drawing = tuple(row for row in rows if row.sample is not None)
+        return Passed(drawing=drawing, logits=logits, broken=broken, left=self._left)
 
 
 def _is_long(row: Row) -> bool:

@@ -62,7 +62,7 @@ class GpuRunner:
             with torch.inference_mode():
                 self._prepare(rows, parts)
                 passed = self._pass(rows, interrupt, resumed, parts)
-                sampled, broken = ([], []) if passed.logits is None else draw_rows(passed.logits, passed.drawing)
+                sampled, broken = draw_rows(passed.logits, passed.drawing, passed.broken)
         except torch.OutOfMemoryError:
             return StepOutcome(failed=(*failed, *((row.seq, _NO_MEMORY) for row in rows)))
         parts.windows.refresh(block for row in rows for block in written_blocks(row, self.info.block_size))
@@ -119,13 +119,14 @@ class GpuRunner:
         batch = build_batch(rows, self.info.block_size, self._device)
         logits = parts.graphs.logits(batch)
         unwanted = interrupt.cancelled() if interrupt is not None else ()
-        places = [i for i, row in enumerate(batch.rows) if row.sample is not None and row.seq not in unwanted]
+        places = [i for i, row in enumerate(batch.rows) if row.seq not in unwanted]
         if len(places) < len(batch.rows):
             (index,) = upload([torch.tensor(places, dtype=torch.int32).numpy()], self._device)
             logits = logits.index_select(0, index)
-        return Passed(drawing=tuple(batch.rows[i] for i in places), logits=logits, left={})
+        return Passed(drawing=tuple(batch.rows[i] for i in places), logits=logits)
 
 
 def _is_decode(row: Row, info: RunnerInfo) -> bool:
-    """Whether a row is one token through all layers."""
-    return len(row.tokens) == 1 and row.first_layer == 0 and row.last_layer in (None, info.n_layers)
+    """Whether a row is one token through all layers and one draw."""
+    is_whole = row.first_layer == 0 and row.last_layer in (None, info.n_layers)
+    return is_whole and len(row.tokens) == 1 and row.sample is not None

@@ -183,6 +183,8 @@ def test_a_row_of_nan_fails_alone_and_leaves_nothing_behind(tiny: Runner) -> Non
     outcome = tiny.step(StepPlan(rows=rows))
     assert [(seq, "not finite" in why) for seq, why in outcome.failed] == [(1, True)]
     assert outcome.sampled == tuple(s for s in expected.sampled if s.seq != 1)
+    chunk = (row(1, PROMPT[20:23], 20, tables[1], None), row(0, PROMPT[20:23], 20, tables[0], None))
+    assert [seq for seq, _ in tiny.step(StepPlan(rows=chunk)).failed] == [1], "it fails even where nothing is drawn"
     assert tiny.step(StepPlan(rows=(row(9, PROMPT[:20], 0, [5, 6, 7]),))).failed == ()
 
 
@@ -263,7 +265,7 @@ def test_decode_steps_by_bucket_are_those_without(tiny: Runner, monkeypatch: pyt
         def is_preempted(self) -> bool:
             return True
 
-    outcome = tiny.step(StepPlan(rows=(*rows[:2], replace(rows[2], sample=None))), Gone())
+    outcome = tiny.step(StepPlan(rows=rows[:2]), Gone())
     assert [s.seq for s in outcome.sampled] == [1]
     assert outcome.sampled[0].draws == next(s.draws for s in expected.sampled if s.seq == 1)
 
