@@ -16,6 +16,7 @@ from covey.auth import MeshToken
 from covey.cli.chat import delta_text, stream_chat
 from covey.cli.child import Child
 from covey.cli.mesh import Mesh
+from covey.clock import MonotonicClock
 from covey.codec.methods import Decode
 from covey.net.rpc import Channel
 from covey.testing import assert_eventually
@@ -25,8 +26,12 @@ from tests.support.probe import probing
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
-TOKENS = {TINY: 600, PACKAGED: 48}
+TOKENS = {TINY: 250, PACKAGED: 48}
 KILL_AFTER = 7
+SLOW = {f"decode-{i}": {"COVEY_FAILPOINTS": "engine.after_step=sleep(0.01)"} for i in range(2)}
+"""A tiny model is through before anybody can disturb it."""
+STALL_S = {TINY: 2.0, PACKAGED: 6.0}
+"""The packaged model computes the whole sequence again, in parallel with a suite that fills the cores."""
 
 
 async def _running_on(mesh: Mesh) -> Child:
@@ -47,13 +52,20 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncItera
         yield chunk
 
 
-async def _disturbed(mesh: Mesh, body: dict[str, Any], disturb: Any) -> tuple[str, dict[str, Any]]:
-    """Stream an answer and disturb it after a few chunks; the text and the last chunk."""
+async def _disturbed(
+    mesh: Mesh, body: dict[str, Any], disturb: Any, stalls_s: list[float] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Stream an answer and disturb it after a few chunks; the text and the last chunk. `stalls_s` gets the gaps."""
     text, seen, last = "", 0, {}
+    clock = MonotonicClock()
+    at = clock.now()
     async with client_of(mesh) as client:
         async for chunk in _stream(client, body):
             text += delta_text(chunk)
             seen += 1
+            if stalls_s is not None and seen > KILL_AFTER:
+                stalls_s.append(clock.now() - at)
+            at = clock.now()
             if seen == KILL_AFTER:
                 await disturb()
             last = chunk
@@ -63,7 +75,7 @@ async def _disturbed(mesh: Mesh, body: dict[str, Any], disturb: Any) -> tuple[st
 @pytest.mark.parametrize("model", [TINY, PACKAGED])
 async def test_a_killed_decode_worker_is_replaced_in_mid_stream(model: str, tmp_path: Path) -> None:
     body = chat_body(model, "Tell me about rivers.", max_tokens=TOKENS[model], ignore_eos=True)
-    async with mesh_of(tmp_path, model=model, decode=2) as mesh:
+    async with mesh_of(tmp_path, model=model, decode=2, environments=SLOW if model == TINY else {}) as mesh:
 
         async def nothing() -> None:
             return
@@ -72,15 +84,17 @@ async def test_a_killed_decode_worker_is_replaced_in_mid_stream(model: str, tmp_
             (await _running_on(mesh)).process.kill()
 
         undisturbed, _ = await _disturbed(mesh, body, nothing)
-        text, last = await _disturbed(mesh, body, kill)
+        stalls_s: list[float] = []
+        text, last = await _disturbed(mesh, body, kill, stalls_s)
         assert text == undisturbed
+        assert max(stalls_s) < STALL_S[model]
         assert last["covey"]["migrations"] == 1
         assert last["usage"]["completion_tokens"] == TOKENS[model]
 
 
 async def test_a_frozen_decode_worker_is_replaced_and_its_late_tokens_are_dropped(tmp_path: Path) -> None:
     body = chat_body(TINY, "Tell me about rivers.", max_tokens=TOKENS[TINY], ignore_eos=True)
-    async with mesh_of(tmp_path, decode=2) as mesh:
+    async with mesh_of(tmp_path, decode=2, environments=SLOW) as mesh:
         frozen: list[Child] = []
 
         async def freeze() -> None:
@@ -97,6 +111,8 @@ async def test_a_frozen_decode_worker_is_replaced_and_its_late_tokens_are_droppe
             frozen[0].process.send_signal(signal.SIGCONT)
         assert text == undisturbed
         assert last["covey"]["migrations"] == 1
+        async with probing(mesh) as probe:  # the zombie notices that nobody reads, and lets go
+            await assert_eventually(probe.holds_nothing, timeout_s=20)
 
 
 @pytest.mark.parametrize("model", [TINY, PACKAGED])
@@ -119,7 +135,7 @@ async def test_a_prefill_worker_killed_before_hand_over_is_retried(model: str, t
 
 async def test_a_restart_of_nats_does_not_touch_a_running_stream(tmp_path: Path) -> None:
     body = chat_body(TINY, "Tell me about rivers.", max_tokens=TOKENS[TINY], ignore_eos=True)
-    async with mesh_of(tmp_path) as mesh:
+    async with mesh_of(tmp_path, environments=SLOW) as mesh:
 
         async def nothing() -> None:
             return
