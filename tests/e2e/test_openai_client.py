@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,81 @@ def test_chat_logprobs_are_those_of_the_text(client: openai.OpenAI) -> None:
         assert token.logprob == max(t.logprob for t in token.top_logprobs)
 
 
+PERSON: Any = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+LOOK_UP: Any = {"type": "function", "function": {"name": "look_up", "parameters": PERSON}}
+CLOCK: Any = {"type": "function", "function": {"name": "clock"}}
+
+
+def test_an_answer_obeys_the_schema_that_was_asked_for(client: openai.OpenAI) -> None:
+    format_: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model=TINY, messages=MESSAGES, max_tokens=200, temperature=1, seed=seed, response_format=format_
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        person = json.loads(answer.choices[0].message.content or "")
+        assert person.keys() == {"name", "age"}
+        assert 0 <= person["age"] <= 120
+
+
+def test_a_forced_call_is_a_call(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=TINY,
+        messages=MESSAGES,
+        max_tokens=300,
+        temperature=1,
+        seed=1,
+        tools=[LOOK_UP, CLOCK],
+        tool_choice={"type": "function", "function": {"name": "look_up"}},
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    calls: Any = choice.message.tool_calls
+    (call,) = calls
+    assert call.type == "function"
+    assert call.function.name == "look_up"
+    assert json.loads(call.function.arguments).keys() == {"name", "age"}
+    reply: Any = [
+        *MESSAGES,
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "nobody"},
+    ]
+    after = client.chat.completions.create(
+        model=TINY, messages=reply, tools=[LOOK_UP], tool_choice="none", max_tokens=4, temperature=0
+    )
+    assert after.choices[0].message.tool_calls is None
+
+
+def test_a_forced_call_streams_its_arguments(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=TINY,
+        messages=MESSAGES,
+        max_tokens=300,
+        temperature=1,
+        seed=4,
+        tools=[LOOK_UP],
+        tool_choice="required",
+        parallel_tool_calls=False,
+    ) as stream:
+        events = list(stream)
+        final = stream.get_final_completion().choices[0]
+    arguments = [e.arguments_delta for e in events if e.type == "tool_calls.function.arguments.delta"]
+    assert len(arguments) > 3
+    assert final.finish_reason == "tool_calls"
+    calls: Any = final.message.tool_calls
+    (call,) = calls
+    assert "".join(arguments) == call.function.arguments
+    assert json.loads(call.function.arguments)["age"] >= 0
+
+
 def test_models_and_embeddings(client: openai.OpenAI) -> None:
     ids = [m.id for m in client.models.list()]
     assert TINY in ids
@@ -121,6 +197,11 @@ def test_models_and_embeddings(client: openai.OpenAI) -> None:
         ({"extra_body": {"flavour": "mint"}}, openai.BadRequestError, "flavour"),
         ({"tools": [{"type": "function", "function": {}}]}, openai.BadRequestError, "tools[0].function.name"),
         ({"messages": []}, openai.BadRequestError, "messages"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}},
+            openai.BadRequestError,
+            "response_format",
+        ),
     ],
 )
 def test_a_bad_request_is_an_error_that_names_the_field(
