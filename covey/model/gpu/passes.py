@@ -30,8 +30,8 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passed:
-    """The rows that came through and draw, with their logits, `draft + 1` rows each; the sequences that came through but
-    are not made of finite numbers; and what the others left.
+    """The rows that came through and draw, with their logits, `draft + 1` rows each; the sequences that came through
+    but are not made of finite numbers; and what the others left.
     """
 
     drawing: tuple[Row, ...]

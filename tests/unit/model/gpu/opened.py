@@ -1,8 +1,10 @@
-"""A tiny model on the GPU runner, its kernels in the interpreter."""
+"""A tiny model on the GPU runner, its kernels in the interpreter where that is on."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import triton
 
 from covey.model.gpu.opening import open_gpu_runner
 from covey.model.plan import Runner, RunnerInfo
@@ -10,8 +12,10 @@ from covey.model.pool import Geometry, KvDtype
 from covey.model.source import resolve
 from covey.model.weights import map_weights, prepare
 
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
-def open_interpreted(
+
+def open_tiny(
     folder: Path,
     cache_dir: Path,
     *,
@@ -40,4 +44,4 @@ def open_interpreted(
         vocab_size=config.vocab_size,
     )
     weights = map_weights(prepare(source, config, cache_dir).path, config)
-    return open_gpu_runner(info, config, geometry, weights, device="cpu")
+    return open_gpu_runner(info, config, geometry, weights, device=DEVICE)

@@ -21,7 +21,7 @@ from tests.contract.test_runner import (  # noqa: F401 - pytest collects them he
 )
 from tests.support.tiny_llama import write_tiny_llama
 
-from .opened import open_interpreted
+from .opened import open_tiny
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runner(folder: Path) -> Iterator[Runner]:
-    made = open_interpreted(folder, folder.parent / "cache")
+    made = open_tiny(folder, folder.parent / "cache")
     yield made
     made.close()
 

@@ -22,7 +22,7 @@ from covey.model.runner import TorchRunner, open_runner
 from tests.support.tiny_llama import VOCAB_SIZE, write_byte_tokenizer, write_tiny_llama
 from tests.unit.model.driving import GREEDY, generate, log_probabilities, row
 
-from .opened import open_interpreted
+from .opened import open_tiny
 
 PROMPT = [(7 * i * i + 3 * i) % 256 for i in range(61)]
 SHAPE: dict[str, Any] = {
@@ -57,7 +57,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(folder: Path, cache: Path) -> Iterator[Runner]:
-    runner = open_interpreted(folder, cache)
+    runner = open_tiny(folder, cache)
     yield runner
     runner.close()
 
@@ -80,7 +80,7 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     tokens = torch.randint(0, VOCAB_SIZE, (45,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.inference_mode():
         expected = torch.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1).numpy()
-    runner = open_interpreted(tmp_path / family, tmp_path / "cache", n_blocks=20)
+    runner = open_tiny(tmp_path / family, tmp_path / "cache", n_blocks=20)
     table = [3, 17, 0, 5, 11, 2]
     for start, end in [(0, 30), (30, 31), (31, 42), (42, 43), (43, 44), (44, 45)]:
         found = log_probabilities(runner, [row(1, tokens[start:end], start, table)])[1]
@@ -113,7 +113,7 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny: Runner) -> None:
 def test_blocks_of_a_cpu_runner_go_on_here_and_back(folder: Path, cache: Path, kv_dtype: KvDtype) -> None:
     """What prefill on one kind of machine hands to decode on the other: the bytes of the blocks, under other ids."""
     cpu = on_cpu(folder, cache, kv_dtype)
-    gpu = open_interpreted(folder, cache, kv_dtype=kv_dtype)
+    gpu = open_tiny(folder, cache, kv_dtype=kv_dtype)
     assert gpu.info.block_bytes == cpu.info.block_bytes
     expected = generate(cpu, PROMPT, 6, list(range(12)))
     fresh = on_cpu(folder, cache, kv_dtype)
@@ -142,7 +142,7 @@ def _continue(runner: Runner, tokens: list[int], count: int, table: list[int]) -
 @pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
 def test_smaller_pages_hold_what_they_hold_on_a_cpu(folder: Path, cache: Path, kv_dtype: KvDtype) -> None:
     """Log probabilities in a prefill and in the decode step after it; a rounding apart may flip a last bit of int8."""
-    cpu, gpu = on_cpu(folder, cache, kv_dtype), open_interpreted(folder, cache, kv_dtype=kv_dtype)
+    cpu, gpu = on_cpu(folder, cache, kv_dtype), open_tiny(folder, cache, kv_dtype=kv_dtype)
     for tokens, start in ((PROMPT[:40], 0), (PROMPT[40:41], 40)):
         asked = [row(1, tokens, start, list(range(8)))]
         expected, found = log_probabilities(cpu, asked)[1], log_probabilities(gpu, asked)[1]
@@ -151,7 +151,7 @@ def test_smaller_pages_hold_what_they_hold_on_a_cpu(folder: Path, cache: Path, k
 
 def test_bf16_products_stay_close(tiny: Runner, folder: Path, cache: Path) -> None:
     """The model's weights are three times the usual size, so that its logits tell every difference: they span 30."""
-    lower = open_interpreted(folder, cache, precision="bf16", kv_dtype="fp16")
+    lower = open_tiny(folder, cache, precision="bf16", kv_dtype="fp16")
     for tokens, start in ((PROMPT[:40], 0), (PROMPT[40:41], 40)):
         asked = [row(1, tokens, start, list(range(8)))]
         expected, found = log_probabilities(tiny, asked)[1], log_probabilities(lower, asked)[1]
@@ -226,7 +226,7 @@ class Replayed:
     def __init__(self, graphs: DecodeGraphs, rows: int, n_splits: int) -> None:
         self._graphs = graphs
         self._bucket = (rows, n_splits)
-        self.logits = torch.zeros(rows, VOCAB_SIZE)
+        self.logits = torch.zeros(rows, VOCAB_SIZE, device=graphs._static.padded(1, 1).tokens.device)
 
     def replay(self) -> None:
         self.logits.copy_(self._graphs._decoder.decode(self._graphs._static.padded(*self._bucket)))
@@ -248,7 +248,7 @@ def test_decode_steps_by_bucket_are_those_without(tiny: Runner, monkeypatch: pyt
     rows = tuple(row(i, [PROMPT[n]], n, tables[i], specs[i]) for i, n in enumerate((3, 20, 8)))
     expected = tiny.step(StepPlan(rows=rows))
     assert tiny._parts is not None
-    graphs = DecodeGraphs(tiny._parts.decoder, 256, torch.device("cpu"))
+    graphs = DecodeGraphs(tiny._parts.decoder, 256, tiny._device)
     tiny._parts = replace(tiny._parts, graphs=graphs)
     for chosen in (rows, rows[1:], rows):
         wanted = {r.seq for r in chosen}
