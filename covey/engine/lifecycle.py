@@ -191,8 +191,10 @@ class Lifecycle:
 
     def _guesses(self) -> dict[int, tuple[int, ...]]:
         """Guesses for a step that only decodes; prompts are worth more than guesses."""
+        if self._role is Role.PREFILL or not self._limits.speculation.guess_max:
+            return {}
         running = [seq for seq in self.live.all() if seq.is_running and seq.paused_at is None]
-        if self._role is Role.PREFILL or any(len(seq.tokens) - seq.computed > 1 for seq in running):
+        if any(len(seq.tokens) - seq.computed > 1 for seq in running):
             return {}
         candidates = [Candidate(seq=seq.id, tokens=seq.tokens, room=seq.guess_room) for seq in running]
         return self.speculation.plan(candidates, tokens=len(running), draws=len(running))

@@ -39,5 +39,4 @@ def watchdog(
     try:
         yield thread
     finally:
-        stop.set()
-        thread.join()
+        stop.set()  # it ends by itself: waiting for it would hold up the event loop
