@@ -13,7 +13,7 @@ _Ids = NDArray[np.int64]
 
 _WORD = (1 << 64) - 1
 _FEW = 8
-"""A mask that allows less than one in so many tokens makes the rest of a draw work on these alone."""
+"""A mask with bits in less than one in so many words makes the rest of a draw work on their tokens alone."""
 _MANY = 4096
 """From so many values on, single precision and stripes save more than they cost."""
 _STRIPE = 256
@@ -27,9 +27,7 @@ def draw(logits: _Logits, spec: SampleSpec) -> Draw:
     Order: repetition, presence and frequency penalties, bias, bans, mask, temperature, top-k, top-p, min-p. Reported
     log probabilities are the model's own, before all of these.
     """
-    values, ids = _choices(logits, spec)
-    at = int(np.argmax(values)) if spec.temperature <= 0.0 else _draw_random(values, spec)
-    token = at if ids is None else int(ids[at])
+    token = _draw_token(_adjust(logits, spec), spec)
     if spec.logprobs is None:
         return Draw(token=token)
     normaliser = _log_sum_exp(logits)
@@ -47,16 +45,29 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
-def _choices(logits: _Logits, spec: SampleSpec) -> tuple[_Logits, _Ids | None]:
-    """The adjusted logits of what may be drawn, and their ids where these are not simply their places."""
-    adjusted = _adjust(logits, spec)
+def _draw_token(adjusted: _Logits, spec: SampleSpec) -> int:
+    is_greedy = spec.temperature <= 0.0
+    best = int(np.argmax(adjusted)) if is_greedy else -1
     if spec.mask is None:
-        return adjusted, None
-    allowed = np.unpackbits(spec.mask.words().view(np.uint8), bitorder="little")[: logits.size]
-    if np.count_nonzero(allowed) * _FEW < logits.size:
-        ids: _Ids = np.flatnonzero(allowed)
-        return adjusted[ids], ids
-    return np.where(allowed.view(np.bool_), adjusted, np.float32(-np.inf)), None
+        return best if is_greedy else _draw_random(adjusted, spec)
+    words = spec.mask.words()
+    if is_greedy and words[best >> 5] >> (best & 31) & 1:
+        return best  # what a model wants most is usually allowed
+    values, ids = _allowed(adjusted, words)
+    at = int(np.argmax(values)) if is_greedy else _draw_random(values, spec)
+    return at if ids is None else int(ids[at])
+
+
+def _allowed(logits: _Logits, words: NDArray[np.int32]) -> tuple[_Logits, _Ids | None]:
+    """The logits of what a mask allows, and their ids where these are not simply their places."""
+    used = np.flatnonzero(words)
+    if used.size * _FEW < words.size:
+        bits = np.unpackbits(words[used].view(np.uint8), bitorder="little").view(np.bool_)
+        at = np.flatnonzero(bits)
+        ids: _Ids = used[at >> 5] * 32 + (at & 31)
+        return logits[ids], ids
+    allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits.size].view(np.bool_)
+    return np.where(allowed, logits, np.float32(-np.inf)), None
 
 
 def _adjust(logits: _Logits, spec: SampleSpec) -> _Logits:
