@@ -104,9 +104,9 @@ class Shelf:
     every look-up a miss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capacity_bytes: int = 64 << 20) -> None:
         self._clock = MonotonicClock()
-        self._store = MemoryBlockStore(clock=self._clock)
+        self._store = MemoryBlockStore(clock=self._clock, capacity_bytes=capacity_bytes)
         self.is_down = False
         self.slow_s = 0.0
         self.forgets = False

@@ -91,11 +91,11 @@ class Model:
             await assert_idle(engine)
 
 
-def requests(count: int = 8) -> list[GenerateRequest]:
+def requests() -> list[GenerateRequest]:
     """Prompts of many lengths, each of which repeats itself in part."""
     rng = Random(11)
     found = []
-    for index in range(count):
+    for index in range(8):
         phrase = [rng.randrange(VOCAB_SIZE) for _ in range(5 + 3 * index)]
         noise = [rng.randrange(VOCAB_SIZE) for _ in range(9 * index)]
         tokens = [*phrase, *noise, *phrase, *phrase[:3]]
