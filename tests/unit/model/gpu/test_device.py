@@ -44,6 +44,7 @@ def test_neither_the_cpu_runner_nor_the_opening_imports_triton() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("capability", [pytest.param("80", marks=pytest.mark.slow), "90"])
 def test_every_kernel_compiles_to_machine_code(capability: str, tmp_path: Path) -> None:
     """Ampere and Hopper; the compiler and assembler come with Triton and need no GPU."""
