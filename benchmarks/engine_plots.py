@@ -22,7 +22,8 @@ def engine_plot(path: Path, figures: Figures, points: Mapping[str, Sequence[Poin
     """Bars of prefill and decode, a group for each case, and the time of a step over its context."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = plt.figure(figsize=(16, 12), layout="constrained")
-    above, below = figure.subfigures(2, 1)
+    parts: Any = figure.subfigures(2, 1)
+    above, below = parts
     rates = above.subplots(1, 2)
     _bars(rates[0], figures, PREFILL, "prefill")
     _bars(rates[1], figures, DECODE, "decode")
