@@ -28,6 +28,8 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """Where converted weights are kept; workers of one host map the same file."""
     context_limit: PositiveInt | None = None
     """A lower limit than the model's own."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs. On `cuda`, `precision` is `fp32` or `bf16`; no GPU has run it yet: see docs/gpu.md."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     """What weights and products are computed in. `fp32` is the reference; `int8` is the fastest."""
     kv_dtype: Literal["fp32", "fp16", "int8"] = "fp32"

@@ -14,6 +14,7 @@ from covey.clock import Clock
 from covey.errors import InvalidArgument, Unavailable
 from covey.model.plan import Runner
 from covey.model.share import CoreShare
+from covey.model.source import ModelSource
 from covey.net.kv import KvClient, KvClientConfig, StoreNode
 from covey.net.registry import Registry
 from covey.net.rpc import Channels
@@ -116,7 +117,6 @@ def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
 def _load_model(config: EngineConfig, run_dir: Path, clock: Clock) -> LoadedModel:
     try:
         from covey.model.pool import Geometry
-        from covey.model.runner import open_runner
         from covey.model.source import resolve
         from covey.model.tokenizer import open_tokenizer
     except ImportError as error:
@@ -130,16 +130,42 @@ def _load_model(config: EngineConfig, run_dir: Path, clock: Clock) -> LoadedMode
     n_blocks = config.kv_blocks or config.kv_bytes // geometry.block_bytes
     if n_blocks < 1:
         raise InvalidArgument(f"less than one block of {geometry.block_bytes} bytes", field="kv_bytes")
+    if config.device == "cpu":
+        runner = _open_cpu(config, source, n_blocks, run_dir, clock)
+    else:
+        runner = _open_gpu(config, source, n_blocks)
+    return LoadedModel(runner=runner, vocabulary=tokenizer, name=config.model_name or source.name)
+
+
+def _open_cpu(config: EngineConfig, source: ModelSource, n_blocks: int, run_dir: Path, clock: Clock) -> Runner:
+    from covey.model.runner import open_runner
+
     cores = tuple(sorted(os.sched_getaffinity(0)))[: config.threads]
-    share = CoreShare(run_dir / SHARE_FILE, clock=clock, cores=cores)
-    runner = open_runner(
+    return open_runner(
         source,
         cache_dir=Path(config.cache_dir),
         n_blocks=n_blocks,
         block_size=config.block_size,
         context_limit=config.context_limit,
-        share=share,
+        share=CoreShare(run_dir / SHARE_FILE, clock=clock, cores=cores),
         precision=config.precision,
         kv_dtype=config.kv_dtype,
     )
-    return LoadedModel(runner=runner, vocabulary=tokenizer, name=config.model_name or source.name)
+
+
+def _open_gpu(config: EngineConfig, source: ModelSource, n_blocks: int) -> Runner:
+    from covey.model.gpu.device import find_device
+    from covey.model.gpu.opening import open_gpu_runner
+    from covey.model.loading import load
+
+    find_device(config.device)  # before weights are converted for nothing
+    loaded = load(
+        source,
+        cache_dir=Path(config.cache_dir),
+        n_blocks=n_blocks,
+        block_size=config.block_size,
+        context_limit=config.context_limit,
+        precision=config.precision,
+        kv_dtype=config.kv_dtype,
+    )
+    return open_gpu_runner(loaded.info, loaded.config, loaded.geometry, loaded.weights, device=config.device)

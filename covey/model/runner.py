@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,16 +15,16 @@ from .batch import fresh_block, row_error
 from .config import ModelConfig
 from .decoder import Decoder, Layers, Pass
 from .layers import TorchLayers
+from .loading import load
 from .matrix import Precision
 from .native.layers import NativeLayers, supports
 from .native.library import Library, find_library
 from .plan import Interrupt, Row, RunnerInfo, StepOutcome, StepPlan
-from .pool import Geometry, KvDtype, KvPool
+from .pool import KvDtype, KvPool
 from .sampling import sample
 from .share import CoreShare
-from .source import ModelSource, resolve
-from .tokenizer import open_tokenizer
-from .weights import LAYOUT_VERSION, Weights, map_weights, prepare
+from .source import ModelSource
+from .weights import Weights
 
 SCORE_CHUNK = 256
 """Tokens of a text that `score` runs at once."""
@@ -140,34 +139,24 @@ def open_runner(
     kv_dtype: KvDtype = "fp32",
     kernels: str | None = None,
 ) -> TorchRunner:
-    """Load a model (see `source.resolve`) with a pool of `n_blocks` blocks of `block_size` tokens.
+    """Load a model (see `loading.load`) for this CPU.
 
-    `cache_dir` keeps the converted weights; a first start converts for some seconds. `context_limit` can only lower the
-    model's own. `kernels` names a build of the native kernels, or `torch`; by default the best for this processor.
-    Raises InvalidArgument (`model`, `cache_dir`, `kernels`), DataCorrupt, NoSpace.
+    `kernels` names a build of the native kernels, or `torch`; by default the best for this processor. Raises what
+    `load` does, and InvalidArgument (`kernels`).
     """
-    source = resolve(model) if isinstance(model, str) else model
-    config = source.config()
-    weights = map_weights(prepare(source, config, cache_dir, precision).path, config)
-    geometry = Geometry.of(config, block_size, kv_dtype)
-    info = RunnerInfo(
-        model=source.name,
-        revision=source.revision,
-        tokenizer_hash=open_tokenizer(source).hash,
-        block_size=block_size,
-        block_bytes=geometry.block_bytes,
+    loaded = load(
+        model,
+        cache_dir=cache_dir,
         n_blocks=n_blocks,
-        context_limit=min(config.context_limit, context_limit or config.context_limit),
-        layout_fingerprint=_fingerprint(geometry),
+        block_size=block_size,
+        context_limit=context_limit,
         precision=precision,
         kv_dtype=kv_dtype,
-        eos_ids=config.eos_ids,
-        n_layers=config.n_layers,
-        vocab_size=config.vocab_size,
     )
-    pool = KvPool(geometry, n_blocks)
-    decoder = Decoder(config, weights, _layers(config, weights, pool, kernels), block_size)
-    return TorchRunner(info, config, pool, decoder, share)
+    pool = KvPool(loaded.geometry, n_blocks)
+    layers = _layers(loaded.config, loaded.weights, pool, kernels)
+    decoder = Decoder(loaded.config, loaded.weights, layers, block_size)
+    return TorchRunner(loaded.info, loaded.config, pool, decoder, share)
 
 
 def _layers(config: ModelConfig, weights: Weights, pool: KvPool, kernels: str | None) -> Layers:
@@ -177,9 +166,3 @@ def _layers(config: ModelConfig, weights: Weights, pool: KvPool, kernels: str | 
     if library is None or not supports(config, pool.geometry):
         return TorchLayers(config, weights, pool)
     return NativeLayers(config, weights, pool, library)
-
-
-def _fingerprint(geometry: Geometry) -> str:
-    """Names the bytes of a block: two runners with the same one can exchange blocks."""
-    text = f"lkh transposed-keys rotary-pairs v{LAYOUT_VERSION} {geometry!r} little-endian"
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -55,3 +55,11 @@ async def test_what_cannot_be_loaded_says_what_to_do(model: Path, tmp_path: Path
         await load_model(EngineConfig(model="nowhere"), run_dir=tmp_path, clock=MonotonicClock())
     with pytest.raises(InvalidArgument, match="less than one block"):
         await load_model(EngineConfig(model=str(model), kv_bytes=100), run_dir=tmp_path, clock=MonotonicClock())
+
+
+async def test_a_gpu_that_is_not_there_is_named(model: Path, tmp_path: Path) -> None:
+    config = EngineConfig(model=str(model), cache_dir=str(tmp_path / "cache"), kv_blocks=4, device="cuda")
+    with pytest.raises(InvalidArgument, match="sees no NVIDIA GPU") as refused:
+        await load_model(config, run_dir=tmp_path, clock=MonotonicClock())
+    assert refused.value.field == "engine.device"
+    assert not (tmp_path / "cache").exists(), "no weights were converted for nothing"
