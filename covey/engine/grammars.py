@@ -25,7 +25,7 @@ class Grammars:
     """Compiles each grammar once, however many requests ask for it at a time."""
 
     def __init__(self, vocabulary: Vocabulary, info: RunnerInfo, clock: Clock, *, compile_s: float = COMPILE_S) -> None:
-        self._compiler = GrammarCompiler(vocabulary, vocab_size=info.vocab_size, eos_ids=info.eos_ids)
+        self._compiler = GrammarCompiler(vocabulary, vocab_size=info.vocab_size, eos_ids=info.eos_ids, clock=clock)
         self._clock = clock
         self._compile_s = compile_s
         self._threads = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="grammar")

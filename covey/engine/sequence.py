@@ -88,8 +88,7 @@ class Sequence:
     @property
     def is_stop(self) -> bool:
         """Whether the answer ended by itself, not by its length."""
-        is_complete = self.grammar is not None and self.grammar.must_end()
-        return self.text.is_stopped or self.met_eos or is_complete
+        return self.text.is_stopped or self.met_eos or self._is_complete
 
     @property
     def _is_complete(self) -> bool:
