@@ -130,3 +130,22 @@ async def test_a_kept_answer_longer_than_the_buffer_is_streamed_whole() -> None:
         cache.exact = dict.fromkeys(cache.exact, KEPT)
         text, outcome = await ask(edge)
     assert (text, outcome) == (KEPT.text, "exact")
+
+
+async def test_formats_and_functions_have_keys_of_their_own_and_no_meaning() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "regex", "regex": "a+"}},
+        {"tools": [tool]},
+        {"tools": [tool], "tool_choice": "required"},
+    )
+    async with http_edge() as edge:
+        _, cache = await both(edge)
+        for change in changes:
+            await ask(edge, **change)
+    assert len({q.exact_key for q in cache.queries if q.exact_key}) == len(changes)
+    assert sum(bool(q.text) for q in cache.queries if not q.exact_key) == 1, (
+        "only the free one is looked for by meaning"
+    )
