@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+TOKENS_MAX = 1 << 30
+"""More than any step; a time too short to measure would ask for endlessly many."""
+
+
 class Pace:
     """An exponential mean of seconds per token over the steps that were large enough to tell."""
 
@@ -23,4 +27,4 @@ class Pace:
 
     def fits(self, seconds: float) -> int | None:
         """Tokens that can be computed in `seconds`; None before the first measurement."""
-        return int(seconds / self.s_per_token) if self.s_per_token else None
+        return int(min(seconds / self.s_per_token, TOKENS_MAX)) if self.s_per_token else None
