@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 TOKENS_MAX = 1 << 30
 """More than any step; a time too short to measure would ask for endlessly many."""
 
