@@ -27,7 +27,7 @@ from covey.model.source import ModelSource, resolve
 
 PRECISIONS = ("fp32", "int8", "bf16")
 QUICK_PRECISIONS = ("fp32", "int8")
-ROUNDS, STEPS = 5, 64
+ROUNDS, STEPS = 3, 64
 QUICK_ROUNDS, QUICK_STEPS = 1, 16
 GRID_STEPS = 7
 ASK_LIMIT_S = 300.0
