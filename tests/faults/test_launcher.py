@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from covey.testing import assert_eventually
+from tests.support.meshes import LEAN
 from tests.support.tiny_llama import write_tiny_llama
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
@@ -31,6 +32,7 @@ class Launcher:
         if not model.exists():
             write_tiny_llama(model)
         flags = ["--json", "--port", "0", "--run-dir", str(folder / "run"), "--model", f"tiny={model}"]
+        flags += ["--set", *LEAN]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "covey", "up", *flags],
             stdout=subprocess.PIPE,

@@ -73,9 +73,12 @@ async def _disturbed(
 
 
 @pytest.mark.parametrize("model", [TINY, PACKAGED])
-async def test_a_killed_decode_worker_is_replaced_in_mid_stream(model: str, tmp_path: Path) -> None:
+async def test_a_killed_decode_worker_is_replaced_in_mid_stream(
+    model: str, tmp_path: Path, packaged_cache: Path
+) -> None:
     body = chat_body(model, "Tell me about rivers.", max_tokens=TOKENS[model], ignore_eos=True)
-    async with mesh_of(tmp_path, model=model, decode=2, environments=SLOW if model == TINY else {}) as mesh:
+    plan: dict[str, Any] = {"decode": 2, "environments": SLOW if model == TINY else {}}
+    async with mesh_of(tmp_path, model=model, cache_dir=packaged_cache, **plan) as mesh:
 
         async def nothing() -> None:
             return
@@ -116,11 +119,14 @@ async def test_a_frozen_decode_worker_is_replaced_and_its_late_tokens_are_droppe
 
 
 @pytest.mark.parametrize("model", [TINY, PACKAGED])
-async def test_a_prefill_worker_killed_before_hand_over_is_retried(model: str, tmp_path: Path) -> None:
+async def test_a_prefill_worker_killed_before_hand_over_is_retried(
+    model: str, tmp_path: Path, packaged_cache: Path
+) -> None:
     body = chat_body(model, "Tell me about rivers. " * 6, max_tokens=12, ignore_eos=True)
     crash = {"prefill-0": {"COVEY_FAILPOINTS": "prefill.before_handover=crash@1"}}
     settings = ("gateway.routing.split=always",)
-    async with mesh_of(tmp_path, model=model, prefill=2, settings=settings, environments=crash) as mesh:
+    plan: dict[str, Any] = {"prefill": 2, "settings": settings, "environments": crash}
+    async with mesh_of(tmp_path, model=model, cache_dir=packaged_cache, **plan) as mesh:
         texts = set()
         async with client_of(mesh) as client:
             for _ in range(4):  # until routing has tried both workers

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from transformers.initialization import no_init_weights
 
 _NAMES = {
     "attn_norm": "input_layernorm",
@@ -24,9 +26,18 @@ _NAMES = {
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
+class _Reader(GGUFReader):
+    """The package's reader over a plain array: slices of a `memmap` cost it seconds for a vocabulary."""
+
+    def _get(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.data, np.memmap):
+            self.data = cast(Any, self.data.view(np.ndarray))
+        return super()._get(*args, **kwargs)
+
+
 def load_reference(path: Path) -> Any:
     """A `LlamaForCausalLM` in fp32 with the weights of a GGUF file of Llama architecture with tied embeddings."""
-    reader = GGUFReader(path)
+    reader = _Reader(path)
 
     def number(key: str) -> Any:
         return reader.fields[f"llama.{key}"].contents()
@@ -55,7 +66,8 @@ def load_reference(path: Path) -> Any:
         if part in ("attn_q", "attn_k"):
             value = _unpermute(value, heads if part == "attn_q" else kv_heads)
         state[f"model.layers.{layer}.{_NAMES[part]}.weight"] = value
-    model: Any = transformers.LlamaForCausalLM(config)
+    with no_init_weights():
+        model: Any = transformers.LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}

@@ -35,7 +35,7 @@ def tiny(tiny_folder: Path, weight_cache: Path) -> Iterator[TorchRunner]:
 
 
 @pytest.fixture(scope="session")
-def smollm2(weight_cache: Path) -> Iterator[TorchRunner]:
-    runner = open_runner("smollm2", cache_dir=weight_cache, n_blocks=40)
+def smollm2(packaged_cache: Path) -> Iterator[TorchRunner]:
+    runner = open_runner("smollm2", cache_dir=packaged_cache, n_blocks=40)
     yield runner
     runner.close()

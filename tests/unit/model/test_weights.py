@@ -111,10 +111,10 @@ def test_fused_rows_are_the_checkpoints(tiny_folder: Path, tmp_path: Path) -> No
     assert torch.equal(qkv[1], q[8]), "rotary pairs stand side by side"
 
 
-def test_private_growth_stays_under_50_mib(smollm2: object, weight_cache: Path) -> None:
+def test_private_growth_stays_under_50_mib(smollm2: object, packaged_cache: Path) -> None:
     """Weights (538 MiB) are mapped, not copied: what a process dirties beyond importing torch stays small."""
     out = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(weight_cache)], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", MEASURE, str(packaged_cache)], capture_output=True, text=True, check=True, timeout=100
     ).stdout.split()
     opened, stepped = map(float, out)
     assert opened < 50.0
