@@ -118,7 +118,7 @@ async def test_its_commands_serve_a_request_on_loopback(tmp_path: Path) -> None:
         for role in ROLES:
             processes.enter_context(stack.running(role, stack.command(role)))
         for role in ROLES:
-            await assert_eventually(partial(stack.healthy, role), timeout_s=90)
+            await assert_eventually(partial(stack.healthy, role), timeout_s=90, every_s=0.5)  # each is a process
         edge = f"http://127.0.0.1:{stack.port('8000')}"
         await assert_eventually(lambda: _answers(f"{edge}/readyz"), timeout_s=60)
         key = (tmp_path / "run" / "covey" / "api.key").read_text()
