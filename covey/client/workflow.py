@@ -41,7 +41,7 @@ class Refs(tuple[Ref, ...]):
         return self.joined("\n")
 
 
-Prompt = str | Ref | Sequence[Message | Mapping[str, str]]
+Prompt = str | Ref | Sequence[Message | Mapping[str, Any]]
 After = Iterable[Ref | str]
 
 

@@ -25,8 +25,11 @@ _CHARACTER = "(" + "|".join(f"[{part}]" for part in _CHARACTER_RANGES) + ")"
 
 PATTERN_LENGTH_MAX = 128
 """Longest bound of a string that is a pattern: beyond, a mask would take longer than a step."""
-_LOOSE_CHARACTER, _STRICT_CHARACTER = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\]"
-"""A character of a bounded string, as xgrammar writes it and without control characters."""
+_LOOSE_CHARACTERS = (r"[^\0-\x1f\"\\\r\n]", r"[^\"\\\r\n]")
+_STRICT_CHARACTER = r"[^\0-\x1f\"\\\ud800-\udfff]"
+"""A character of a string as xgrammar writes it, and without control characters and halves of surrogate pairs, which
+are no UTF-8.
+"""
 
 _SCHEMAS = ("items", "additionalProperties", "additionalItems", "unevaluatedProperties", "propertyNames")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -43,7 +46,9 @@ def grammar_of_schema(schema: Any, *, is_closed: bool = True) -> str:
 
     text = msgspec.json.encode(bounded(schema)).decode()
     found = str(xgrammar.Grammar.from_json_schema(text, any_whitespace=False, strict_mode=is_closed))
-    return found.replace(_LOOSE_CHARACTER, _STRICT_CHARACTER)
+    for loose in _LOOSE_CHARACTERS:
+        found = found.replace(loose, _STRICT_CHARACTER)
+    return found
 
 
 def grammar_tag(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -145,7 +146,9 @@ class ReusePolicy:
 
 def _nearest(policy: CategoryPolicy, view: ReuseView, now: float) -> ReuseDecision:
     best: ReuseDecision | None = None
-    for candidate in sorted(view.nearest, key=lambda c: c.similarity, reverse=True):
+    # A similarity that is no number has no place in an order.
+    comparable = (candidate for candidate in view.nearest if not math.isnan(candidate.similarity))
+    for candidate in sorted(comparable, key=lambda c: c.similarity, reverse=True):
         refusal = _refusal(policy, view, candidate, now)
         if not refusal:
             return _served(CacheOutcome.SEMANTIC, candidate, "a request that means the same was answered before")

@@ -84,8 +84,8 @@ def tiny(tmp_path: Path) -> tuple[TorchRunner, Tokenizer]:
 
 
 @pytest.fixture
-def packaged(tmp_path: Path) -> tuple[TorchRunner, Tokenizer]:
-    return open_runner("smollm2", cache_dir=tmp_path, n_blocks=400, block_size=32), open_tokenizer("smollm2")
+def packaged(packaged_cache: Path) -> tuple[TorchRunner, Tokenizer]:
+    return open_runner("smollm2", cache_dir=packaged_cache, n_blocks=400, block_size=32), open_tokenizer("smollm2")
 
 
 async def test_a_random_model_obeys_180_schemas(cases: list[Case], tiny: tuple[TorchRunner, Tokenizer]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -31,8 +32,8 @@ def teacher() -> Teacher:
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchRunner]:
-    made = open_runner("smollm2", cache_dir=tmp_path_factory.mktemp("weights"), n_blocks=14, block_size=8)
+def runner(packaged_cache: Path) -> Iterator[TorchRunner]:
+    made = open_runner("smollm2", cache_dir=packaged_cache, n_blocks=14, block_size=8)
     yield made
     made.close()
 

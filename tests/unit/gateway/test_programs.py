@@ -37,7 +37,7 @@ from covey.types.program import (
     VariableDelta,
 )
 from services.gateway.config import ProgramSettings
-from tests.support.fake_mesh import MODEL, OTHER_KEY, FakeMesh, FakeSemCache, FakeWorker, fast
+from tests.support.fake_mesh import CONTEXT, MODEL, OTHER_KEY, FakeMesh, FakeSemCache, FakeWorker, fast
 from tests.support.grpc_edge import LATENCY, Client, answer, call, edge, opened
 
 
@@ -150,7 +150,9 @@ async def test_a_failed_producer_wakes_every_waiter_downstream() -> None:
                 await client.get(name)
             failures.append(caught.value)
 
-        await client.submit(call("a", "{{text}}"), call("b", "{{out_a}}"), call("c", "{{out_b}}"), text="x" * 600)
+        await client.submit(
+            call("a", "{{text}}"), call("b", "{{out_a}}"), call("c", "{{out_b}}"), text="x" * (CONTEXT + 100)
+        )
         async with anyio.create_task_group() as tg:
             for name in ("out_a", "out_a", "out_b", "out_c"):
                 tg.start_soon(wait, name)

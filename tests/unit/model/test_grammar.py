@@ -104,7 +104,7 @@ def test_any_text_of_a_schema_is_json_that_obeys_it(compiler: GrammarCompiler, b
 
 
 @pytest.mark.parametrize("low", [0, 3])
-@pytest.mark.parametrize("high", [5, 120])
+@pytest.mark.parametrize("high", [5, 120, 150])
 def test_a_bounded_string_has_no_control_characters_and_is_utf8(compiler: GrammarCompiler, low: int, high: int) -> None:
     compiled = compiler.compile(schema({"type": "string", "minLength": low, "maxLength": high}))
     for seed in range(200):
