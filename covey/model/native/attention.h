@@ -165,6 +165,11 @@ static inline void soften(float* s, long columns, float scale, long visible, flo
   *total += sum8(sum);
 }
 
+// Ask for a page that is due soon: pages are short, so that a processor's own look-ahead starts late on each.
+static inline void fetch(const Pool& pool, const uint8_t* page) {
+  for (long at = 0; at < pool.page_bytes; at += 64) _mm_prefetch((const char*)page + at, _MM_HINT_T1);
+}
+
 // Tokens `from` .. `to` of one row, one kv head and the query heads that share it.
 static void attend(const Pool& pool, const Batch& batch, long row, long head, long from, long to, long layer,
                    long group, const float* qkv, long qkv_width, float* out, long out_width, Queries& work) {
@@ -180,6 +185,10 @@ static void attend(const Pool& pool, const Batch& batch, long row, long head, lo
   const int32_t* table = batch.tables + batch.table_first[row];
   for (long begin = 0; begin < last; begin += size) {
     const long block = table[begin / size], filled = last - begin < size ? last - begin : size;
+    if (begin + size < last) {
+      fetch(pool, pool.page(table[begin / size + 1], layer, 0, head));
+      fetch(pool, pool.page(table[begin / size + 1], layer, 1, head));
+    }
     const float* keys = read_page(pool, pool.page(block, layer, 0, head), true, work.keys);
     const float* values = read_page(pool, pool.page(block, layer, 1, head), false, work.values);
     for (long i = 0; i < rows; ++i) memset(work.s[i], 0, 4 * size);
