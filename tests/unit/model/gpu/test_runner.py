@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from covey.errors import InvalidArgument
 from covey.model.gpu.graphs import DecodeGraphs, _Captured, bucket_of
@@ -19,30 +18,15 @@ from covey.model.gpu.runner import GpuRunner
 from covey.model.plan import Row, Runner, SampleSpec, StepPlan
 from covey.model.pool import KvDtype
 from covey.model.runner import TorchRunner, open_runner
-from tests.support.tiny_llama import VOCAB_SIZE, write_byte_tokenizer, write_tiny_llama
+from tests.support import families
+from tests.support.families import write_reference
+from tests.support.tiny_llama import VOCAB_SIZE, write_tiny_llama
 from tests.unit.model.driving import GREEDY, generate, log_probabilities, row
 
 from .opened import open_tiny
 
 PROMPT = [(7 * i * i + 3 * i) % 256 for i in range(61)]
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "eos_token_id": 258,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
-FAMILIES = {
-    "llama": transformers.LlamaConfig(**SHAPE),
-    "mistral": transformers.MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
-    "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=24),
-}
+FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +53,7 @@ def on_cpu(folder: Path, cache: Path, kv_dtype: KvDtype = "fp32") -> TorchRunner
 @pytest.mark.golden
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
-    torch.manual_seed(7)
-    auto: Any = transformers.AutoModelForCausalLM
-    model = auto.from_config(FAMILIES[family]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    model.save_pretrained(tmp_path / family)
-    write_byte_tokenizer(tmp_path / family)
+    model = write_reference(families.FAMILIES[family], tmp_path / family)
     tokens = torch.randint(0, VOCAB_SIZE, (45,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.inference_mode():
         expected = torch.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1).numpy()
