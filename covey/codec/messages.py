@@ -125,6 +125,8 @@ def _field_encoder(field: FieldDescriptor) -> Callable[[Any, Any], None]:
         return lambda wire, item: getattr(wire, name).CopyFrom(_encoder(inner)(item))
     if field.enum_type is not None:
         numbers = {label: number for number, label in _enum_labels(field.enum_type).items()}
+        if field.is_repeated:
+            return lambda wire, items: getattr(wire, name).extend([numbers[item.name] for item in items])
         return lambda wire, item: setattr(wire, name, numbers[item.name if isinstance(item, Enum) else item])
     if field.is_repeated:
         return lambda wire, items: getattr(wire, name).extend(items)

@@ -118,6 +118,12 @@ class KvStore:
     )
     SNAPSHOT: Final[Unary[Empty, kv.KvSnapshot]] = Unary("KvStore", "Snapshot", Empty, kv.KvSnapshot)
     STATS: Final[Unary[Empty, kv.StoreStats]] = Unary("KvStore", "Stats", Empty, kv.StoreStats)
+    START: Final[Unary[kv.StartTask, kv.TaskStatus]] = Unary("KvStore", "Start", kv.StartTask, kv.TaskStatus)
+    GET_TASK: Final[Unary[kv.TaskRequest, kv.TaskStatus]] = Unary("KvStore", "GetTask", kv.TaskRequest, kv.TaskStatus)
+    CANCEL_TASK: Final[Unary[kv.TaskRequest, kv.TaskStatus]] = Unary(
+        "KvStore", "CancelTask", kv.TaskRequest, kv.TaskStatus
+    )
+    QUOTA: Final[Unary[kv.QuotaRequest, kv.QuotaReply]] = Unary("KvStore", "Quota", kv.QuotaRequest, kv.QuotaReply)
 
 
 class Inference:
@@ -179,6 +185,20 @@ class SemCache:
         "SemCache", "Embed", program.EmbedRequest, program.EmbedReply
     )
     STATS: Final[Unary[Empty, semcache.CacheStats]] = Unary("SemCache", "Stats", Empty, semcache.CacheStats)
+    ABANDON: Final[Unary[semcache.AbandonRequest, Empty]] = Unary("SemCache", "Abandon", semcache.AbandonRequest, Empty)
+    WATCH: Final[ServerStream[semcache.WatchCacheRequest, semcache.CacheEvent]] = ServerStream(
+        "SemCache", "Watch", semcache.WatchCacheRequest, semcache.CacheEvent
+    )
+    EXPORT: Final[ServerStream[semcache.ExportCache, semcache.CacheRecord]] = ServerStream(
+        "SemCache", "Export", semcache.ExportCache, semcache.CacheRecord
+    )
+    WARM: Final[ClientStream[semcache.CacheRecord, semcache.WarmReply]] = ClientStream(
+        "SemCache", "Warm", semcache.CacheRecord, semcache.WarmReply
+    )
+    ROUTE: Final[Unary[semcache.RouteQuery, semcache.RouteReply]] = Unary(
+        "SemCache", "Route", semcache.RouteQuery, semcache.RouteReply
+    )
+    LEARN: Final[Unary[semcache.RouteOutcome, Empty]] = Unary("SemCache", "Learn", semcache.RouteOutcome, Empty)
 
 
 class Flow:

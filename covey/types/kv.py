@@ -30,6 +30,56 @@ class KvEventKind(StrEnum):
     CLEARED = "CLEARED"
     PINNED = "PINNED"
     UNPINNED = "UNPINNED"
+    MOVED = "MOVED"
+    RECODED = "RECODED"
+
+
+class Tier(StrEnum):
+    """Where a node keeps a block: mapped shared memory, its own disk, or the engine that a fleet shares."""
+
+    MEMORY = "MEMORY"
+    DISK = "DISK"
+    REMOTE = "REMOTE"
+
+
+class BlockCodec(StrEnum):
+    """How a stored payload is encoded. All but RAW lose precision and serve only readers that name them."""
+
+    RAW = "RAW"
+    FP16 = "FP16"
+    INT8 = "INT8"
+    PQ4 = "PQ4"
+    XQUANT = "XQUANT"
+
+
+class AckLevel(StrEnum):
+    """What has happened when a commit is answered: visible here, on `replicas` nodes, or on disk."""
+
+    LOCAL = "LOCAL"
+    REPLICATED = "REPLICATED"
+    DURABLE = "DURABLE"
+
+
+class TaskKind(StrEnum):
+    """PREFETCH: up to memory. REPLICATE: also on other nodes. MOVE: to `to`, and away here. DEMOTE: down to `tier`.
+
+    RECODE: encode anew, readers keep the old version. SCRUB: verify. DRAIN: move all away and refuse writes.
+    """
+
+    PREFETCH = "PREFETCH"
+    REPLICATE = "REPLICATE"
+    MOVE = "MOVE"
+    DEMOTE = "DEMOTE"
+    RECODE = "RECODE"
+    SCRUB = "SCRUB"
+    DRAIN = "DRAIN"
+
+
+class TaskState(StrEnum):
+    RUNNING = "RUNNING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +107,9 @@ class BlockLocation:
     offset: int
     generation: int
     digest: int
+    codec: BlockCodec = BlockCodec.RAW
+    size_bytes: int = 0
+    """Size of an encoded payload; 0 for RAW, whose size is the shape's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +122,23 @@ class LookupRequest:
     owner: str = bounded(size=128)
     ttl_s: float = bounded(low=0.01, high=LEASE_TTL_MAX_S)
     shape: BlockShape
+    codecs: tuple[BlockCodec, ...] = bounded(size=8, default=())
+    """Lossy codecs that the reader takes besides RAW; a block in another one ends the prefix."""
+    wait_s: float = bounded(low=0, high=60, default=0.0)
+    """How long the node may take to bring blocks up from lower tiers before it answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupReply:
-    """`blocks` is prefix-closed within the hashes that were asked; no lease when it is empty."""
+    """`blocks` is prefix-closed within the hashes that were asked; no lease when it is empty.
+
+    `cold_blocks` further blocks lie in lower tiers; to bring them up would take about `load_s`.
+    """
 
     blocks: tuple[BlockLocation, ...] = ()
     lease: LeaseGrant | None = None
+    cold_blocks: int = 0
+    load_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +184,7 @@ class ReserveReply:
 class WriteChunk:
     """A piece of a block for a granted slot, for writers that cannot map the arena."""
 
+    tenant: TenantId = bounded(size=128, default=TenantId(""))
     lease: LeaseId = bounded(size=128)
     hash: BlockHash = bounded(size=32)
     offset: int = bounded(low=0)
@@ -145,9 +208,11 @@ class CommitBlock:
 class CommitRequest:
     """Phase two: make the blocks visible. Fenced when `epoch` is not the reservation's."""
 
+    tenant: TenantId = bounded(size=128, default=TenantId(""))
     lease: LeaseId = bounded(size=128)
     epoch: int
     blocks: tuple[CommitBlock, ...] = bounded(size=HASHES_MAX)
+    ack: AckLevel = AckLevel.LOCAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +222,9 @@ class CommitReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRequest:
-    """Release or abort a lease; `epoch` must be the grant's."""
+    """Release or abort a lease; `tenant` and `epoch` must be the grant's."""
 
+    tenant: TenantId = bounded(size=128, default=TenantId(""))
     lease: LeaseId = bounded(size=128)
     epoch: int
 
@@ -167,6 +233,7 @@ class LeaseRequest:
 class RenewRequest:
     """Extend a lease by showing progress: `done` blocks must have grown since the last renewal."""
 
+    tenant: TenantId = bounded(size=128, default=TenantId(""))
     lease: LeaseId = bounded(size=128)
     epoch: int
     done: int = bounded(low=0)
@@ -177,6 +244,7 @@ class RenewRequest:
 class GetRequest:
     """Stream leased blocks, layers `first_layer` to `last_layer` (0: to the end)."""
 
+    tenant: TenantId = bounded(size=128, default=TenantId(""))
     lease: LeaseId = bounded(size=128)
     hashes: tuple[BlockHash, ...] = bounded(size=HASHES_MAX)
     first_layer: int = bounded(low=0, default=0)
@@ -223,7 +291,10 @@ class QuarantineRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreInfo:
-    """How to reach a node's bytes. Same host: `probe_path` holds `probe_nonce` and boot ids agree."""
+    """How to reach a node's bytes. Same host: `probe_path` holds `probe_nonce` and boot ids agree.
+
+    Other hosts: `bulk_address`, a plain TCP channel (empty: gRPC only).
+    """
 
     worker: WorkerId
     arena_path: str
@@ -231,6 +302,63 @@ class StoreInfo:
     boot_id: str
     probe_path: str
     probe_nonce: str
+    bulk_address: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTask:
+    """Work on stored blocks that takes its time. Which fields count depends on `kind`; empty `hashes`: all of them."""
+
+    kind: TaskKind
+    tenant: TenantId = bounded(size=128, default=TenantId(""))
+    namespace: NamespaceId = bounded(size=32, default=NamespaceId(b""))
+    hashes: tuple[BlockHash, ...] = bounded(size=HASHES_MAX, default=())
+    tier: Tier = Tier.DISK
+    codec: BlockCodec = BlockCodec.RAW
+    to: WorkerId = bounded(size=128, default=WorkerId(""))
+    replicas: int = bounded(low=0, high=16, default=0)
+    deadline_s: float = bounded(low=0, high=3600, default=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRequest:
+    task: str = bounded(size=128)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskStatus:
+    """`done` of `total` blocks; `why` when it failed, or what it found."""
+
+    task: str
+    kind: TaskKind
+    state: TaskState
+    done: int = 0
+    total: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaRequest:
+    """Ask for a tenant's quota at this node, or set it with `quota_bytes` (0: no limit)."""
+
+    tenant: TenantId = bounded(size=128)
+    quota_bytes: int | None = bounded(low=0, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaReply:
+    tenant: TenantId
+    quota_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierStats:
+    tier: Tier
+    blocks: int = 0
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+    writable: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +376,8 @@ class StoreStats:
     misses: int = 0
     evictions: int = 0
     quarantined: int = 0
+    index_bytes: int = 0
+    tiers: tuple[TierStats, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
