@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,9 +14,9 @@ from covey.codec.methods import KvStore
 from covey.errors import CoveyError, Fenced, InvalidArgument, LeaseExpired, Miss, Pending, Unavailable
 from covey.net.kv.held import NothingHeld, StoreHeld, enter
 from covey.net.kv.node import ChannelSource, Node, StoreNode
+from covey.net.kv.ring import Ring
 from covey.net.kv.transfer import load_remote, load_shared, store_remote, store_shared
-from covey.policy.placement import Site, rank
-from covey.types.ids import BlockHash, NamespaceId, WorkerId
+from covey.types.ids import BlockHash
 from covey.types.kv import (
     BlockKey,
     CommitBlock,
@@ -68,12 +67,16 @@ class KvClient:
     ) -> None:  # fmt: skip
         """`nodes` returns who is there now; `boot_id` is this host's."""
         self._config = config or KvClientConfig()
-        self._list = nodes
-        self._channels = channels
         self._clock = clock
-        self._boot_id = boot_id if self._config.transport == "auto" else ""
-        self._nodes: dict[WorkerId, Node] = {}
-        self._roots: OrderedDict[tuple[NamespaceId, BlockHash], BlockHash] = OrderedDict()
+        self._ring = Ring(
+            nodes,
+            channels,
+            clock=clock,
+            boot_id=boot_id if self._config.transport == "auto" else "",
+            timeout_s=self._config.call_timeout_s,
+            nodes_tried=self._config.nodes_tried,
+            roots_max=self._config.roots_max,
+        )
         self._copies = CapacityLimiter(self._config.copies_max)
 
     # -- BlockStore --------------------------------------------------------------
@@ -82,14 +85,14 @@ class KvClient:
         """Lease the longest stored prefix of `hashes`; nodes that do not answer are a miss."""
         if not hashes:
             return NothingHeld()
-        root = self._root(key.namespace, hashes[0])
-        for node in self._ranked(key.namespace, root):
+        root = self._ring.root(key.namespace, hashes[0])
+        for node in self._ring.ranked(key.namespace, root):
             try:
                 held = await self._lookup_at(node, key, tuple(hashes), owner, ttl_s)
             except Unavailable:
                 continue
             if held is not None:
-                self._remember(key.namespace, held.hashes, root)
+                self._ring.remember(key.namespace, held.hashes, root)
                 return held
             break
         return NothingHeld()
@@ -141,9 +144,9 @@ class KvClient:
             ttl_s=ttl_s,
             private=private,
         )
-        root = self._root(key.namespace, blocks[0].parent or blocks[0].hash)
+        root = self._ring.root(key.namespace, blocks[0].parent or blocks[0].hash)
         problem: CoveyError = Unavailable("no kvstore takes blocks")
-        for node in self._ranked(key.namespace, root, writing=True):
+        for node in self._ring.ranked(key.namespace, root, writing=True):
             try:
                 held = await self._store_at(node, key, request, buffers)
             except Unavailable as error:
@@ -151,7 +154,7 @@ class KvClient:
                 continue
             except (Miss, Pending) as error:
                 raise Unavailable(f"not stored: {error.message}") from error
-            self._remember(key.namespace, held.hashes, root)
+            self._ring.remember(key.namespace, held.hashes, root)
             return held
         raise problem
 
@@ -167,7 +170,7 @@ class KvClient:
             ttl_s=ttl_s,
             owner=owner,
         )
-        for node in self._ranked(key.namespace, self._root(key.namespace, hashes[0])):
+        for node in self._ring.ranked(key.namespace, self._ring.root(key.namespace, hashes[0])):
             asked_at = self._clock.now()
             try:
                 reply = await enter(node, KvStore.PIN, request)
@@ -293,35 +296,6 @@ class KvClient:
             await held.node.call(KvStore.QUARANTINE, request)
         except CoveyError:
             return  # the node is gone, and the bad block with it
-
-    # -- placement ---------------------------------------------------------------
-
-    def _ranked(self, namespace: NamespaceId, root: BlockHash, *, writing: bool = False) -> list[Node]:
-        present = {where.worker: where for where in self._list()}
-        for worker in self._nodes.keys() - present.keys():
-            del self._nodes[worker]
-        usable = [where for where in present.values() if not (writing and where.draining)]
-        sites = [Site(worker=where.worker, weight=where.capacity_bytes) for where in usable]
-        order = rank(sites, namespace, root)[: self._config.nodes_tried]
-        return [self._node(present[worker]) for worker in order]
-
-    def _node(self, where: StoreNode) -> Node:
-        node = self._nodes.get(where.worker)
-        if node is None or node.where.address != where.address:
-            node = self._nodes[where.worker] = Node(
-                where, self._channels, self._clock, boot_id=self._boot_id, timeout_s=self._config.call_timeout_s
-            )
-        return node
-
-    def _root(self, namespace: NamespaceId, name: BlockHash) -> BlockHash:
-        return self._roots.get((namespace, name), name)
-
-    def _remember(self, namespace: NamespaceId, names: Iterable[BlockHash], root: BlockHash) -> None:
-        for name in names:
-            self._roots[namespace, name] = root
-            self._roots.move_to_end((namespace, name))
-        while len(self._roots) > self._config.roots_max:
-            self._roots.popitem(last=False)
 
 
 def _until_pending(reply: ReserveReply) -> tuple[BlockHash, ...]:
