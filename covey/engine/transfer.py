@@ -10,9 +10,9 @@ import anyio
 
 from covey.clock import Clock
 from covey.errors import CoveyError, DeadlineExceeded
-from covey.model.plan import Runner
+from covey.model.plan import Runner, RunnerInfo
 from covey.types.ids import NamespaceId, TenantId
-from covey.types.kv import BlockKey, BlockShape
+from covey.types.kv import BlockKey, BlockShape, KvElement
 from covey.types.store import BlockStore, Held, StoreKey
 
 from .chain import Stretch
@@ -20,6 +20,8 @@ from .chain import Stretch
 RELEASE_TIMEOUT_S = 1.0
 """A lease that cannot be given back by then ends by itself."""
 
+
+_ELEMENTS = {"fp32": KvElement.FP32, "fp16": KvElement.FP16, "int8": KvElement.INT8}
 
 Spawn = Callable[..., None]
 """Runs an async function with its arguments in the actor's task group."""
@@ -32,6 +34,20 @@ class Fetched:
     blocks: int
     lookup_s: float
     transfer_s: float
+
+
+def shape_of(info: RunnerInfo) -> BlockShape:
+    """What the store and its codecs need to know of a runner's blocks."""
+    if not info.kv_heads:
+        return BlockShape(size_bytes=info.block_bytes, layers=info.n_layers)
+    return BlockShape(
+        size_bytes=info.block_bytes,
+        layers=info.n_layers,
+        element=_ELEMENTS.get(info.kv_dtype, KvElement.OPAQUE),
+        kv_heads=info.kv_heads,
+        head_dim=info.head_dim,
+        tokens=info.block_size,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +67,7 @@ class Transfers:
         self._runner = runner
         self._clock = clock
         self._timeout_s = timeout_s
-        self._shape = BlockShape(size_bytes=runner.info.block_bytes, layers=runner.info.n_layers)
+        self._shape = shape_of(runner.info)
 
     async def fetch(
         self, tenant: TenantId, stretches: Sequence[Stretch], blocks: Sequence[int], *, skip: int, owner: str

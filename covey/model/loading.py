@@ -58,6 +58,8 @@ def load(
         eos_ids=config.eos_ids,
         n_layers=config.n_layers,
         vocab_size=config.vocab_size,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
     )
     return Loaded(info=info, config=config, geometry=geometry, weights=weights)
 

@@ -152,6 +152,9 @@ class RunnerInfo:
     eos_ids: tuple[int, ...]
     n_layers: int
     vocab_size: int
+    kv_heads: int = 0
+    """Heads of keys and values in a block, and how wide they are; 0 when only the runner knows."""
+    head_dim: int = 0
 
 
 class Runner(Protocol):

@@ -52,6 +52,15 @@ class BlockCodec(StrEnum):
     XQUANT = "XQUANT"
 
 
+class KvElement(StrEnum):
+    """What a payload's numbers are. OPAQUE: bytes that no codec understands. INT8 pages end with a scale a token."""
+
+    OPAQUE = "OPAQUE"
+    FP32 = "FP32"
+    FP16 = "FP16"
+    INT8 = "INT8"
+
+
 class AckLevel(StrEnum):
     """What has happened when a commit is answered: visible here, on `replicas` nodes, or on disk."""
 
@@ -84,10 +93,18 @@ class TaskState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """Geometry of a block: one header checksum (xxh3-64) per layer, `size_bytes` of payload, layer-major."""
+    """Geometry of a block: one header checksum (xxh3-64) per layer, `size_bytes` of payload, layer-major.
+
+    What lossy codecs need to know: a layer is [2 (K, V), kv_heads] pages of `tokens` tokens; a page of keys is
+    [head_dim, tokens], one of values [tokens, head_dim].
+    """
 
     size_bytes: int = bounded(low=1, high=1 << 30)
     layers: int = bounded(low=1, high=4096)
+    element: KvElement = KvElement.OPAQUE
+    kv_heads: int = bounded(low=0, high=4096, default=0)
+    head_dim: int = bounded(low=0, high=4096, default=0)
+    tokens: int = bounded(low=0, high=4096, default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
