@@ -395,6 +395,14 @@ class StoreStats:
     quarantined: int = 0
     index_bytes: int = 0
     tiers: tuple[TierStats, ...] = ()
+    ring_version: int = 0
+    ring_nodes: int = 0
+    copied_blocks: int = 0
+    """Blocks that this node has put on other nodes, as replicas or because they own them now."""
+    dropped_blocks: int = 0
+    """Blocks given up because other nodes own them now and have them."""
+    waiting_blocks: int = 0
+    """Blocks still to be looked at by a copy that is under way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -432,3 +440,23 @@ class KvSnapshot:
     seq: int
     worker: WorkerId
     entries: tuple[KvSnapshotEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingMember:
+    """A node that owns blocks; another `epoch` is another life of it, with an empty memory."""
+
+    worker: WorkerId = bounded(size=128)
+    epoch: int = 0
+    host: str = ""
+    capacity_bytes: int = bounded(low=0, default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingVersion:
+    """Who owns blocks, as agreed: versions only grow; two of the same number are ordered by their proposers' names."""
+
+    version: int = bounded(low=1)
+    proposer: WorkerId = bounded(size=128)
+    replicas: int = bounded(low=1, high=16, default=1)
+    members: tuple[RingMember, ...] = bounded(size=1024, default=())
