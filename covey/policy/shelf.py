@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from covey.errors import LayoutMismatch
 from covey.policy.arena import Arena
 from covey.policy.slot import slot_bytes
 from covey.policy.store_block import Block, BlockState, EvictionQueue, EvictionScore
-from covey.types.ids import BlockHash, NamespaceId
-from covey.types.kv import BlockShape, KvEventKind, StoreStats
+from covey.types.ids import BlockHash, NamespaceId, TenantId
+from covey.types.kv import BlockCodec, BlockShape, KvEventKind, StoreStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +78,9 @@ class Shelf:
     # -- coming ------------------------------------------------------------------
 
     def add(
-        self, namespace: NamespaceId, space: Space, name: BlockHash, parent: Block | None, *, private: bool
-    ) -> Block | None:
+        self, namespace: NamespaceId, space: Space, name: BlockHash, parent: Block | None, *, private: bool,
+        tenant: TenantId,
+    ) -> Block | None:  # fmt: skip
         """Reserve a slot, evicting what nobody needs; None when there is no room."""
         offset = self._room(space.slot_bytes)
         if offset is None:
@@ -94,6 +95,7 @@ class Shelf:
             shape=space.shape,
             slot_bytes=space.slot_bytes,
             generation=self._generation,
+            tenant=tenant,
         )
         if parent is not None:
             parent.children += 1
@@ -103,6 +105,45 @@ class Shelf:
         self._reserved += 1
         self._private += private
         return block
+
+    def draft(self, block: Block, size_bytes: int, codec: BlockCodec) -> Block | None:
+        """Take a slot for a new version of a visible block; None when there is no room."""
+        shape = replace(block.shape, size_bytes=size_bytes)
+        offset = self._room(slot_bytes(shape))
+        if offset is None:
+            return None
+        self._generation += 1
+        return Block(
+            namespace=block.namespace, name=block.hash, parent=block.parent, private=block.private, offset=offset,
+            shape=shape, slot_bytes=slot_bytes(shape), generation=self._generation, tenant=block.tenant, codec=codec,
+        )  # fmt: skip
+
+    def swap(self, draft: Block, digest: int) -> bool:
+        """Put a new version in the place of what is visible; the old slot goes when its leases have ended."""
+        space = self._spaces.get(draft.namespace)
+        old = space.blocks.get(draft.hash) if space is not None else None
+        if space is None or old is None or old.state is not BlockState.COMMITTED:
+            self.drop_draft(draft)
+            return False
+        draft.state, draft.digest, draft.last_used = BlockState.COMMITTED, digest, old.last_used
+        draft.parent, draft.children = old.parent, old.children
+        for child in space.blocks.values():
+            if child.parent is old:
+                child.parent = draft
+        space.blocks[draft.hash] = draft
+        old.state = BlockState.DOOMED
+        self.tell(KvEventKind.RECODED, [draft])
+        self._settle(old)
+        self._settle(draft)
+        return True
+
+    def drop_draft(self, draft: Block) -> None:
+        draft.state = BlockState.GONE
+        self.arena.free(draft.offset)
+
+    def coldest(self, count: int) -> list[Block]:
+        """Return the blocks to evict next, worst first."""
+        return self._queue.coldest(count)
 
     def seal(self, block: Block, digest: int) -> None:
         """Make a reserved block visible; the caller holds it."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeAlias
 
-from covey.types.ids import BlockHash, NamespaceId
-from covey.types.kv import BlockShape
+from covey.types.ids import BlockHash, NamespaceId, TenantId
+from covey.types.kv import BlockCodec, BlockShape
 
 
 class BlockState(IntEnum):
@@ -27,8 +27,8 @@ class Block:
     """A slot in use. `held` counts leases and pins of any kind, `pins` those that are pins."""
 
     __slots__ = (
-        "children", "depth", "digest", "generation", "hash", "held", "last_used", "namespace", "offset", "parent",
-        "pins", "private", "shape", "slot_bytes", "state", "ticket",
+        "children", "codec", "depth", "digest", "generation", "hash", "held", "last_used", "namespace", "offset",
+        "parent", "pins", "private", "shape", "slot_bytes", "state", "tenant", "ticket",
     )  # fmt: skip
 
     def __init__(
@@ -42,7 +42,11 @@ class Block:
         shape: BlockShape,
         slot_bytes: int,
         generation: int,
+        tenant: TenantId,
+        codec: BlockCodec = BlockCodec.RAW,
     ) -> None:
+        self.tenant = tenant
+        self.codec = codec
         self.namespace = namespace
         self.hash = name
         self.parent = parent
@@ -98,6 +102,11 @@ class EvictionQueue:
         candidate = Candidate(last_used=block.last_used, depth=block.depth, slot_bytes=block.slot_bytes)
         heap = self._heaps.setdefault(block.slot_bytes, [])
         heapq.heappush(heap, (self._score(candidate), block.ticket, block))
+
+    def coldest(self, count: int) -> list[Block]:
+        """Return the blocks to evict next, worst first."""
+        entries = [entry for heap in self._heaps.values() for entry in heap if _is_live(entry)]
+        return [block for _, _, block in heapq.nsmallest(count, entries)]
 
     def compact(self, blocks: int) -> None:
         """Drop stale entries once they outnumber `blocks`, those of the index: amortised O(1)."""

@@ -12,8 +12,9 @@ from covey.policy.arena import Arena
 from covey.policy.shelf import IndexChange, Shelf, Space
 from covey.policy.slot import slot_bytes
 from covey.policy.store_block import Block, BlockState, EvictionScore, least_recently_used
-from covey.types.ids import BlockHash, LeaseId, NamespaceId
+from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
 from covey.types.kv import (
+    BlockCodec,
     BlockKey,
     BlockLocation,
     BlockShape,
@@ -29,6 +30,8 @@ from covey.types.kv import (
     PinReply,
     PinRequest,
     QuarantineRequest,
+    QuotaReply,
+    QuotaRequest,
     RenewRequest,
     ReserveReply,
     ReserveRequest,
@@ -56,6 +59,10 @@ class Placed:
     namespace: NamespaceId
     location: BlockLocation
     shape: BlockShape
+    """As it lies in the slot: of an encoded payload, `size_bytes` is the encoded size."""
+    parent: BlockHash = BlockHash(b"")
+    tenant: TenantId = TenantId("")
+    codec: BlockCodec = BlockCodec.RAW
 
 
 class _Right(IntEnum):
@@ -72,6 +79,7 @@ class _Holding:
     refs: int
     blocks: dict[BlockHash, Block] = field(default_factory=dict)
     reserved: dict[BlockHash, Block] = field(default_factory=dict)
+    drafts: dict[BlockHash, Block] = field(default_factory=dict)
 
 
 class StoreIndex:
@@ -170,7 +178,8 @@ class StoreIndex:
     def writable(self, lease_id: LeaseId, name: BlockHash, now: float) -> Placed:
         """Return the slot that a lease may fill. Raises `LeaseExpired`, and `Fenced` if it is not its to fill."""
         self._leases.get(lease_id, now=now)
-        block = self._holdings[lease_id].reserved.get(name)
+        holding = self._holdings[lease_id]
+        block = holding.reserved.get(name) or holding.drafts.get(name)
         if block is None:
             raise Fenced("this lease has no such slot to fill", field="hash")
         return _placed(block)
@@ -210,6 +219,44 @@ class StoreIndex:
             done.append(block)
         self._shelf.tell(KvEventKind.STORED, done)
 
+    def draft(
+        self, namespace: NamespaceId, sizes: Mapping[BlockHash, int], codec: BlockCodec, *, owner: str, ttl_s: float,
+        now: float,
+    ) -> tuple[LeaseGrant, tuple[Placed, ...]]:  # fmt: skip
+        """Take slots for new versions of visible blocks, of so many payload bytes each, under a lease of the store.
+
+        Fill the slots, then `replace`; readers see the old versions until then. Raises `Miss` for a block that is
+        not visible, `NoSpace`, `Overloaded` and `InvalidArgument`; then nothing is taken.
+        """
+        self.expire(now)
+        lease = self._grant(_Right.WRITE, owner, ttl_s, len(sizes), now)
+        holding = self._holdings[lease.id]
+        try:
+            for name, size_bytes in sizes.items():
+                (block,) = self._shelf.prefix(namespace, (name,), None) or (None,)
+                if block is None:
+                    raise Miss("this block is not stored", field="hashes")
+                draft = self._shelf.draft(block, size_bytes, codec)
+                if draft is None:
+                    raise NoSpace("every block is leased or pinned", retry_after_ms=self._retry_after_ms(now))
+                holding.drafts[name] = draft
+        except CoveyError:
+            self._end(lease.id, now)
+            raise
+        return _as_grant(lease, now), tuple(map(_placed, holding.drafts.values()))
+
+    def replace(self, lease_id: LeaseId, digests: Mapping[BlockHash, int], now: float) -> int:
+        """Put drafts with sealed headers in the place of what readers see; the lease does not cover them afterwards.
+
+        The old slots are free when their leases end. A block that went since `draft` is left out. Returns how many
+        were replaced. Raises `LeaseExpired`, and `Fenced` for a block without a draft.
+        """
+        self._leases.get(lease_id, now=now)
+        drafts = self._holdings[lease_id].drafts
+        if not digests.keys() <= drafts.keys():
+            raise Fenced("this lease has no such slot to fill", field="hash")
+        return sum(self._shelf.swap(drafts.pop(name), digest) for name, digest in digests.items())
+
     # -- leases ------------------------------------------------------------------
 
     def renew(self, request: RenewRequest, now: float) -> LeaseGrant:
@@ -238,7 +285,17 @@ class StoreIndex:
         self.expire(now)
         return self._shelf.quarantine(request.namespace, request.hash)
 
+    def quota(self, request: QuotaRequest) -> QuotaReply:
+        """Say what a tenant may use and uses here."""
+        used_bytes = sum(block.slot_bytes for block in self._shelf.every() if block.tenant == request.tenant)
+        return QuotaReply(tenant=request.tenant, quota_bytes=0, used_bytes=used_bytes)
+
     # -- views -------------------------------------------------------------------
+
+    def coldest(self, count: int, now: float) -> tuple[Placed, ...]:
+        """Return the blocks that would be evicted next, worst first; changes nothing but what has expired."""
+        self.expire(now)
+        return tuple(map(_placed, self._shelf.coldest(count)))
 
     def drain_changes(self) -> tuple[IndexChange, ...]:
         """Return what became visible or went since the last call, in order."""
@@ -303,7 +360,9 @@ class StoreIndex:
 
     def _add(self, space: Space, request: ReserveRequest, key: BlockKey, parent: Block | None, now: float) -> Block:
         while True:
-            block = self._shelf.add(request.namespace, space, key.hash, parent, private=request.private)
+            block = self._shelf.add(
+                request.namespace, space, key.hash, parent, private=request.private, tenant=request.tenant
+            )
             if block is not None:
                 return block
             if not self._soft_pins:
@@ -348,6 +407,8 @@ class StoreIndex:
         self._soft_pins.pop(lease_id, None)
         for block in reversed(holding.reserved.values()):
             self._shelf.discard(block, cool_until=cool_until)
+        for block in holding.drafts.values():
+            self._shelf.drop_draft(block)
         if holding.right is _Right.PIN:
             self._shelf.tell(KvEventKind.UNPINNED, _pinned_once(holding.blocks.values()))
         for block in reversed(holding.blocks.values()):
@@ -359,7 +420,10 @@ class StoreIndex:
 
 
 def _location(block: Block) -> BlockLocation:
-    return BlockLocation(hash=block.hash, offset=block.offset, generation=block.generation, digest=block.digest)
+    return BlockLocation(
+        hash=block.hash, offset=block.offset, generation=block.generation, digest=block.digest, codec=block.codec,
+        size_bytes=block.shape.size_bytes if block.codec is not BlockCodec.RAW else 0,
+    )  # fmt: skip
 
 
 def _pinned_once(blocks: Iterable[Block]) -> list[Block]:
@@ -367,7 +431,10 @@ def _pinned_once(blocks: Iterable[Block]) -> list[Block]:
 
 
 def _placed(block: Block) -> Placed:
-    return Placed(namespace=block.namespace, location=_location(block), shape=block.shape)
+    return Placed(
+        namespace=block.namespace, location=_location(block), shape=block.shape, tenant=block.tenant, codec=block.codec,
+        parent=block.parent.hash if block.parent is not None else BlockHash(b""),
+    )  # fmt: skip
 
 
 def _as_grant(lease: Lease, now: float) -> LeaseGrant:

@@ -15,13 +15,14 @@ from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex
 from covey.runtime import Runtime
 from covey.types.generate import EngineLoad, Role
-from covey.types.kv import KvEvent, StoreInfo, StoreStats
+from covey.types.kv import KvEvent, StoreInfo, StoreStats, TaskKind
 
 from .arena_file import arena_file, choose_directory
 from .config import Config
 from .event_log import EventLog
 from .servicer import Servicer
 from .store import Store, StoreActor
+from .tasks import Handler, Tasks
 
 INBOX_CAPACITY = 1024
 
@@ -44,14 +45,22 @@ async def serve(config: Config, rt: Runtime) -> None:
         rt.metrics.sampled("kvstore", "State and counts of the KV store.", ["what"], lambda: _by_name(index.stats()))
         async with supervise(grace_s=config.drain_s) as actors:
             actor = actors.start(lambda: StoreActor(store, rt.clock), name="store", capacity=INBOX_CAPACITY)
-            servicer = Servicer(store, actor, info)
+            handlers: dict[TaskKind, Handler] = {}  # each kind of task registers its own
             async with (
-                rt.serve_rpc(config.listen, servicer.handlers(), config.drain_s) as server,
+                _tasks(handlers) as tasks,
+                rt.serve_rpc(config.listen, Servicer(store, actor, info, tasks).handlers(), config.drain_s) as server,
                 _announced(config, rt, server.address, info, store),
             ):
                 await rt.ready()
                 await rt.until_stopped()
                 store.log.close()
+
+
+@asynccontextmanager
+async def _tasks(handlers: dict[TaskKind, Handler]) -> AsyncIterator[Tasks]:
+    async with anyio.create_task_group() as tg:
+        yield Tasks(tg, handlers)
+        tg.cancel_scope.cancel()
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ from covey.types.ids import LeaseId, NamespaceId, TenantId
 
 from .event_log import SCHEMA
 from .store import Command, Store
+from .tasks import Tasks
 
 R = TypeVar("R")
 
@@ -31,10 +32,11 @@ STREAMED_MAX = 65_536
 class Servicer:
     """Handlers over one store."""
 
-    def __init__(self, store: Store, actor: Ref[Command[object]], info: kv.StoreInfo) -> None:
+    def __init__(self, store: Store, actor: Ref[Command[object]], info: kv.StoreInfo, tasks: Tasks) -> None:
         self._store = store
         self._actor = actor
         self._info = info
+        self._tasks = tasks
         self._streamed: dict[tuple[str, bytes], None] = {}
 
     def handlers(self) -> Handlers:
@@ -53,6 +55,10 @@ class Servicer:
             KvStore.WATCH: self.watch,
             KvStore.SNAPSHOT: self.snapshot,
             KvStore.STATS: self.stats,
+            KvStore.START: self.start,
+            KvStore.GET_TASK: self.get_task,
+            KvStore.CANCEL_TASK: self.cancel_task,
+            KvStore.QUOTA: self.quota,
         }
 
     async def info(self, _: Empty, __: Call) -> kv.StoreInfo:
@@ -140,6 +146,18 @@ class Servicer:
 
     async def stats(self, _: Empty, __: Call) -> kv.StoreStats:
         return self._store.index.stats()
+
+    async def start(self, request: kv.StartTask, _: Call) -> kv.TaskStatus:
+        return self._tasks.start(request)
+
+    async def get_task(self, request: kv.TaskRequest, _: Call) -> kv.TaskStatus:
+        return self._tasks.get(request.task)
+
+    async def cancel_task(self, request: kv.TaskRequest, _: Call) -> kv.TaskStatus:
+        return self._tasks.cancel(request.task)
+
+    async def quota(self, request: kv.QuotaRequest, call: Call) -> kv.QuotaReply:
+        return await self._do(call, lambda store, _: store.index.quota(request))
 
     async def _do(self, call: Call, act: Callable[[Store, float], R]) -> R:
         return await self._actor.ask(Command(act=act), timeout_s=call.within(COMMAND_TIMEOUT_S))
