@@ -62,8 +62,18 @@ class Subscription(Protocol):
 class Bucket(Protocol):
     """A small key-value bucket whose entries end `ttl_s` after their last `put`."""
 
-    async def put(self, key: str, value: bytes) -> int:
-        """Store and return the revision. Raises `Unavailable` while the bus is down, `PayloadTooLarge`."""
+    async def put(self, key: str, value: bytes, *, revision: int | None = None) -> int:
+        """Store and return the revision; with `revision`, only if that is still the newest one (0: never put).
+
+        Raises:
+            Fenced: the key has another revision.
+            Unavailable: the bus is down; the value may or may not be stored.
+            PayloadTooLarge: over 256 KiB.
+        """
+        ...
+
+    async def get(self, key: str) -> KvChange | None:
+        """Return a key's value and revision, None when there is none. Raises `Unavailable` while the bus is down."""
         ...
 
     async def delete(self, key: str) -> None: ...

@@ -25,7 +25,8 @@ class _Bucket:
     ttl_s: float | None
     storage: str
     revision: int = 0
-    values: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    values: dict[str, tuple[bytes, float, int]] = field(default_factory=dict)
+    """Value, when it was put, and its revision."""
 
 
 @dataclass(slots=True)
@@ -189,14 +190,22 @@ class MemoryBucket:
         self._ttl_s = ttl_s
         self._storage = storage
 
-    async def put(self, key: str, value: bytes) -> int:
+    async def put(self, key: str, value: bytes, *, revision: int | None = None) -> int:
         check_payload(value)
         check_subject(key)
         bucket = self.live()
+        newest = bucket.values[key][2] if key in bucket.values else 0
+        if revision is not None and revision != newest:
+            raise Fenced("another value came first", field="revision")
         bucket.revision += 1
-        bucket.values[key] = (value, anyio.current_time())
+        bucket.values[key] = (value, anyio.current_time(), bucket.revision)
         self._tell(key, value, {})
         return bucket.revision
+
+    async def get(self, key: str) -> KvChange | None:
+        check_subject(key)
+        found = self.live().values.get(key)
+        return None if found is None else KvChange(key=key, change=Change.PUT, value=found[0], revision=found[2])
 
     async def delete(self, key: str) -> None:
         check_subject(key)
@@ -204,7 +213,7 @@ class MemoryBucket:
         self._tell(key, b"", {"KV-Operation": "DEL"})
 
     async def entries(self) -> Mapping[str, bytes]:
-        return {key: value for key, (value, _) in self.live().values.items()}
+        return {key: value for key, (value, _, _) in self.live().values.items()}
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[KvChange]]:
@@ -224,7 +233,7 @@ class MemoryBucket:
         bucket = self._broker.buckets.setdefault(self._name, _Bucket(self._ttl_s, self._storage))
         if bucket.ttl_s is not None:
             oldest = anyio.current_time() - bucket.ttl_s
-            bucket.values = {key: pair for key, pair in bucket.values.items() if pair[1] > oldest}
+            bucket.values = {key: entry for key, entry in bucket.values.items() if entry[1] > oldest}
         return bucket
 
     def _tell(self, key: str, value: bytes, headers: dict[str, str]) -> None:

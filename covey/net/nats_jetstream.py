@@ -60,8 +60,22 @@ class NatsBucket:
             await js.create_key_value(self._config)
         self._ensured_in = connection
 
-    async def put(self, key: str, value: bytes) -> int:
-        return await self._publish(key, value, {})
+    async def put(self, key: str, value: bytes, *, revision: int | None = None) -> int:
+        expected = {} if revision is None else {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        return await self._publish(key, value, expected)
+
+    async def get(self, key: str) -> KvChange | None:
+        check_subject(key)
+        if self._ensured_in != self._bus.connections:
+            await self.ensure()
+        with self._bus.translated() as js:
+            try:
+                message = await js.get_last_msg(f"KV_{self._name}", f"$KV.{self._name}.{key}", direct=True)
+            except nats.js.errors.NotFoundError:
+                return None
+        if (message.headers or {}).get("KV-Operation") in ("DEL", "PURGE"):
+            return None
+        return KvChange(key=key, change=Change.PUT, value=message.data or b"", revision=int(message.seq or 0))
 
     async def delete(self, key: str) -> None:
         await self._publish(key, b"", {"KV-Operation": "DEL"})

@@ -138,6 +138,28 @@ async def test_bucket_puts_deletes_and_watches(control: Provider) -> None:
         assert await same.entries() == {"decode.w2": b"3"}
 
 
+async def test_a_bucket_takes_a_value_only_over_the_revision_that_its_writer_knows(control: Provider) -> None:
+    async with control as c, c.bus() as bus, c.bus() as other:
+        bucket, same = await bus.kv("agreed"), await other.kv("agreed")
+        assert await bucket.get("k") is None
+        first = await bucket.put("k", b"1", revision=0)
+        with pytest.raises(Fenced):
+            await same.put("k", b"late", revision=0)
+        second = await same.put("k", b"2", revision=first)
+        with pytest.raises(Fenced):
+            await bucket.put("k", b"late", revision=first)
+        found = await bucket.get("k")
+        assert found is not None
+        assert (found.value, found.revision) == (b"2", second)
+        await c.stop()
+        await assert_eventually(lambda: not bus.connected)
+        await c.start()
+        with anyio.fail_after(10):
+            await bus.until_connected()
+        assert await bucket.get("k") is None
+        assert await bucket.put("k", b"again", revision=0)
+
+
 async def test_bucket_entries_end_with_their_time_to_live(control: Provider) -> None:
     async with control as c, c.bus() as bus:
         bucket = await bus.kv("brief", ttl_s=1)
