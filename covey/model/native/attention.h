@@ -87,16 +87,30 @@ static const float* read_page(const Pool& pool, uint8_t* page, bool keys, float*
   return room;
 }
 
+// Memory that is due soon, asked for a little at a time while something else is computed.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+
+  inline void step() {
+    if (at >= end) return;
+    _mm_prefetch(at, _MM_HINT_T1);
+    _mm_prefetch(at + 64, _MM_HINT_T1);
+    at += 128;
+  }
+};
+
 // c[R][columns] (+)= a[R][depth] b[depth][columns]; a's rows begin `stride` apart.
 template <int R, int V>
 static inline void small_tile(const float* a, long stride, const float* b, long columns, long depth, float* c,
-                              long c_stride) {
+                              long c_stride, Ahead& ahead) {
   Eight sums[R][V];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[r][v] = load8(c + r * c_stride + 8 * v);
   for (long i = 0; i < depth; ++i) {
+    ahead.step();
     Eight loaded[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) loaded[v] = load8(b + i * columns + 8 * v);
@@ -113,21 +127,21 @@ static inline void small_tile(const float* a, long stride, const float* b, long 
 
 template <int R>
 static void small_product(const float* a, long stride, const float* b, long columns, long depth, float* c,
-                          long c_stride) {
+                          long c_stride, Ahead& ahead) {
   long at = 0;
-  for (; at + 32 <= columns; at += 32) small_tile<R, 4>(a, stride, b + at, columns, depth, c + at, c_stride);
-  for (; at < columns; at += 8) small_tile<R, 1>(a, stride, b + at, columns, depth, c + at, c_stride);
+  for (; at + 32 <= columns; at += 32) small_tile<R, 4>(a, stride, b + at, columns, depth, c + at, c_stride, ahead);
+  for (; at < columns; at += 8) small_tile<R, 1>(a, stride, b + at, columns, depth, c + at, c_stride, ahead);
 }
 
 template <int R>
 static void small_rows(long rows, const float* a, long stride, const float* b, long columns, long depth, float* c,
-                       long c_stride) {
+                       long c_stride, Ahead& ahead) {
   if constexpr (R > 0) {
     while (rows >= R) {
-      small_product<R>(a, stride, b, columns, depth, c, c_stride);
+      small_product<R>(a, stride, b, columns, depth, c, c_stride, ahead);
       rows -= R, a += R * stride, c += R * c_stride;
     }
-    small_rows<R - 1>(rows, a, stride, b, columns, depth, c, c_stride);
+    small_rows<R - 1>(rows, a, stride, b, columns, depth, c, c_stride, ahead);
   }
 }
 
@@ -165,11 +179,6 @@ static inline void soften(float* s, long columns, float scale, long visible, flo
   *total += sum8(sum);
 }
 
-// Ask for a page that is due soon: pages are short, so that a processor's own look-ahead starts late on each.
-static inline void fetch(const Pool& pool, const uint8_t* page) {
-  for (long at = 0; at < pool.page_bytes; at += 64) _mm_prefetch((const char*)page + at, _MM_HINT_T1);
-}
-
 // Tokens `from` .. `to` of one row, one kv head and the query heads that share it.
 static void attend(const Pool& pool, const Batch& batch, long row, long head, long from, long to, long layer,
                    long group, const float* qkv, long qkv_width, float* out, long out_width, Queries& work) {
@@ -185,19 +194,23 @@ static void attend(const Pool& pool, const Batch& batch, long row, long head, lo
   const int32_t* table = batch.tables + batch.table_first[row];
   for (long begin = 0; begin < last; begin += size) {
     const long block = table[begin / size], filled = last - begin < size ? last - begin : size;
-    if (begin + size < last) {
-      fetch(pool, pool.page(table[begin / size + 1], layer, 0, head));
-      fetch(pool, pool.page(table[begin / size + 1], layer, 1, head));
+    Ahead next_keys, next_values;
+    const bool more = begin + size < last;
+    if (more || head + 1 < pool.kv_heads) {
+      const long then = more ? table[begin / size + 1] : table[0], whose = more ? head : head + 1;
+      next_keys.at = (const char*)pool.page(then, layer, 0, whose);
+      next_values.at = (const char*)pool.page(then, layer, 1, whose);
+      next_keys.end = next_keys.at + pool.page_bytes, next_values.end = next_values.at + pool.page_bytes;
     }
     const float* keys = read_page(pool, pool.page(block, layer, 0, head), true, work.keys);
     const float* values = read_page(pool, pool.page(block, layer, 1, head), false, work.values);
     for (long i = 0; i < rows; ++i) memset(work.s[i], 0, 4 * size);
-    small_rows<QUERY_ROWS>(rows, work.q[0], 256, keys, size, width, work.s[0], 256);
+    small_rows<QUERY_ROWS>(rows, work.q[0], 256, keys, size, width, work.s[0], 256, next_keys);
     for (long i = 0; i < rows; ++i) {
       const long visible = position + i / group + 1 - begin;
       soften(work.s[i], size, scale, visible < size ? visible : size, &work.top[i], &work.total[i], work.o[i], width);
     }
-    small_rows<QUERY_ROWS>(rows, work.s[0], 256, values, width, filled, work.o[0], 256);
+    small_rows<QUERY_ROWS>(rows, work.s[0], 256, values, width, filled, work.o[0], 256, next_values);
   }
   for (long i = 0; i < rows; ++i) {
     float* target = out + (from + i / group) * out_width + (head * group + i % group) * width;

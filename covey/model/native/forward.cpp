@@ -94,16 +94,18 @@ static void attend_all(Team& team, const Model& model, const Pool& pool, const B
                        const float* qkv, float* out, Queries& work) {
   const long group = model.heads / pool.kv_heads, tile = QUERIES / group > 0 ? QUERIES / group : 1;
   const long stride = (model.heads + 2 * pool.kv_heads) * pool.head_dim;
+  const long heads = batch.rows >= 4 * team.size ? pool.kv_heads : 1, shares = pool.kv_heads / heads;
   long piece = team.take(1), seen = 0;
   for (long row = batch.rows - 1; row >= 0; --row) {
     const long tokens = batch.first[row + 1] - batch.first[row], tiles = up(tokens, tile);
-    for (; piece < seen + tiles * pool.kv_heads; piece = team.take(1)) {
-      const long t = tiles - 1 - (piece - seen) / pool.kv_heads, head = (piece - seen) % pool.kv_heads;
+    for (; piece < seen + tiles * shares; piece = team.take(1)) {
+      const long t = tiles - 1 - (piece - seen) / shares, share = (piece - seen) % shares;
       const long from = batch.first[row] + t * tile;
       const long to = from + tile < batch.first[row + 1] ? from + tile : batch.first[row + 1];
-      attend(pool, batch, row, head, from, to, index, group, qkv, stride, out, model.heads * pool.head_dim, work);
+      for (long head = share * heads; head < (share + 1) * heads; ++head)
+        attend(pool, batch, row, head, from, to, index, group, qkv, stride, out, model.heads * pool.head_dim, work);
     }
-    seen += tiles * pool.kv_heads;
+    seen += tiles * shares;
   }
 }
 
