@@ -10,7 +10,7 @@ from covey.config import CommonConfig, NonNegative, Positive, PositiveInt
 from covey.policy.batch_limits import Batching, BatchLimits
 from covey.policy.speculation import SpeculationLimits
 
-from .limits import EngineLimits
+from .limits import EngineLimits, Loading
 from .promises import Admission
 
 _LIMITS = EngineLimits()
@@ -32,8 +32,9 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """Where the model runs. On `cuda`, `precision` is `fp32` or `bf16`; no GPU has run it yet: see docs/gpu.md."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     """What weights and products are computed in. `fp32` is the reference; `int8` is the fastest."""
-    kv_dtype: Literal["fp32", "fp16", "int8"] = "fp32"
-    """What keys and values are kept in: half or a quarter of the memory, and of the bytes that move."""
+    kv_dtype: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    """What keys and values are kept in: half or a quarter of the memory, and of the bytes that move. `auto` is `fp32`
+    beside weights in `fp32`, else `fp16`."""
     block_size: PositiveInt = 32
     kv_bytes: PositiveInt = 1 << 30
     """Memory for keys and values. Its pages are taken when they are first used."""
@@ -62,6 +63,12 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     outbox_tokens: PositiveInt = _LIMITS.outbox_tokens
     reader_stall_s: Positive = _LIMITS.reader_stall_s
     kv_timeout_s: Positive = _LIMITS.kv_timeout_s
+    kv_loading: Loading = _LIMITS.loading
+    """`layers`: a request runs through the first layers of its stored blocks while the others are still being loaded;
+    `whole`: it waits for all of them. What is generated is the same.
+    """
+    ahead_bytes: Annotated[int, msgspec.Meta(ge=0)] = _LIMITS.ahead_bytes
+    """Bytes of unfinished prompts on their way to the store at once; with 0 all is stored at hand-over."""
     handover_ttl_s: Positive = _LIMITS.handover_ttl_s
     grace_s: NonNegative = _LIMITS.grace_s
     retain_max_s: NonNegative = _LIMITS.retain_max_s
@@ -92,6 +99,8 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
             outbox_tokens=self.outbox_tokens,
             reader_stall_s=self.reader_stall_s,
             kv_timeout_s=self.kv_timeout_s,
+            loading=self.kv_loading,
+            ahead_bytes=self.ahead_bytes,
             handover_ttl_s=self.handover_ttl_s,
             grace_s=self.grace_s,
             retain_max_s=self.retain_max_s,

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -28,6 +29,9 @@ from .config import EngineConfig
 from .engine import Engine, open_engine
 from .text import Vocabulary
 from .watchdog import watchdog
+
+if TYPE_CHECKING:
+    from covey.model.pool import KvDtype
 
 SHARE_FILE = "engines.share"
 
@@ -86,6 +90,7 @@ def store_client(config: EngineConfig, registry: Registry, channels: Channels, *
                 address=view.record.address,
                 capacity_bytes=view.record.store.arena_bytes,
                 draining=view.record.state is WorkerState.DRAINING or view.load.draining,
+                host=view.record.host,
             )
             for view in registry.workers(Role.KVSTORE)
             if view.record.store is not None
@@ -102,6 +107,7 @@ def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
         "computed_tokens": board.computed_tokens,
         "generated_tokens": board.generated_tokens,
         "bare_handovers": board.bare_handovers,
+        "written_ahead": board.written_ahead,
         "demoted_blocks": board.demoted_blocks,
         "lost_demotions": board.lost_demotions,
         "verified_blocks": board.verified_blocks,
@@ -116,14 +122,15 @@ def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
 
 def _load_model(config: EngineConfig, run_dir: Path, clock: Clock) -> LoadedModel:
     try:
-        from covey.model.pool import Geometry
+        from covey.model.pool import AUTO, Geometry
         from covey.model.source import resolve
         from covey.model.tokenizer import open_tokenizer
     except ImportError as error:
         raise Unavailable(f"{error.name} is not installed: pip install 'covey[engine]'") from error
     try:
         source = resolve(config.model)
-        geometry = Geometry.of(source.config(), config.block_size, config.kv_dtype)
+        kv_dtype: KvDtype = AUTO[config.precision] if config.kv_dtype == "auto" else config.kv_dtype
+        geometry = Geometry.of(source.config(), config.block_size, kv_dtype)
         tokenizer = open_tokenizer(source)
     except InvalidArgument as error:
         raise Unavailable(error.message) from error
@@ -131,13 +138,15 @@ def _load_model(config: EngineConfig, run_dir: Path, clock: Clock) -> LoadedMode
     if n_blocks < 1:
         raise InvalidArgument(f"less than one block of {geometry.block_bytes} bytes", field="kv_bytes")
     if config.device == "cpu":
-        runner = _open_cpu(config, source, n_blocks, run_dir, clock)
+        runner = _open_cpu(config, source, n_blocks, kv_dtype, run_dir, clock)
     else:
-        runner = _open_gpu(config, source, n_blocks)
+        runner = _open_gpu(config, source, n_blocks, kv_dtype)
     return LoadedModel(runner=runner, vocabulary=tokenizer, name=config.model_name or source.name)
 
 
-def _open_cpu(config: EngineConfig, source: ModelSource, n_blocks: int, run_dir: Path, clock: Clock) -> Runner:
+def _open_cpu(
+    config: EngineConfig, source: ModelSource, n_blocks: int, kv_dtype: KvDtype, run_dir: Path, clock: Clock
+) -> Runner:
     from covey.model.runner import open_runner
 
     cores = tuple(sorted(os.sched_getaffinity(0)))[: config.threads]
@@ -149,11 +158,11 @@ def _open_cpu(config: EngineConfig, source: ModelSource, n_blocks: int, run_dir:
         context_limit=config.context_limit,
         share=CoreShare(run_dir / SHARE_FILE, clock=clock, cores=cores),
         precision=config.precision,
-        kv_dtype=config.kv_dtype,
+        kv_dtype=kv_dtype,
     )
 
 
-def _open_gpu(config: EngineConfig, source: ModelSource, n_blocks: int) -> Runner:
+def _open_gpu(config: EngineConfig, source: ModelSource, n_blocks: int, kv_dtype: KvDtype) -> Runner:
     from covey.model.gpu.device import find_device
     from covey.model.gpu.opening import open_gpu_runner
     from covey.model.loading import load
@@ -166,6 +175,6 @@ def _open_gpu(config: EngineConfig, source: ModelSource, n_blocks: int) -> Runne
         block_size=config.block_size,
         context_limit=config.context_limit,
         precision=config.precision,
-        kv_dtype=config.kv_dtype,
+        kv_dtype=kv_dtype,
     )
     return open_gpu_runner(loaded.info, loaded.config, loaded.geometry, loaded.weights, device=config.device)

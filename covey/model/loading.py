@@ -9,7 +9,7 @@ from pathlib import Path
 from .config import ModelConfig
 from .matrix import Precision
 from .plan import RunnerInfo
-from .pool import Geometry, KvDtype
+from .pool import AUTO, Geometry, KvDtype
 from .source import ModelSource, resolve
 from .tokenizer import open_tokenizer
 from .weights import LAYOUT_VERSION, Weights, map_weights, prepare
@@ -33,17 +33,18 @@ def load(
     block_size: int = 32,
     context_limit: int | None = None,
     precision: Precision = "fp32",
-    kv_dtype: KvDtype = "fp32",
+    kv_dtype: KvDtype | None = None,
 ) -> Loaded:
     """Load a model (see `source.resolve`) for a pool of `n_blocks` blocks of `block_size` tokens.
 
     `cache_dir` keeps the converted weights; a first start converts for some seconds. `context_limit` can only lower the
-    model's own. Raises InvalidArgument (`model`, `cache_dir`), DataCorrupt, NoSpace.
+    model's own; `kv_dtype` follows `precision` by default (`pool.AUTO`). Raises InvalidArgument (`model`, `cache_dir`),
+    DataCorrupt, NoSpace.
     """
     source = resolve(model) if isinstance(model, str) else model
     config = source.config()
     weights = map_weights(prepare(source, config, cache_dir, precision).path, config)
-    geometry = Geometry.of(config, block_size, kv_dtype)
+    geometry = Geometry.of(config, block_size, kv_dtype or AUTO[precision])
     info = RunnerInfo(
         model=source.name,
         revision=source.revision,
@@ -54,7 +55,7 @@ def load(
         context_limit=min(config.context_limit, context_limit or config.context_limit),
         layout_fingerprint=_fingerprint(geometry),
         precision=precision,
-        kv_dtype=kv_dtype,
+        kv_dtype=geometry.kv_dtype,
         eos_ids=config.eos_ids,
         n_layers=config.n_layers,
         vocab_size=config.vocab_size,

@@ -5,14 +5,19 @@ bytes.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from .config import ModelConfig
+from .matrix import Precision
 
 KvDtype = Literal["fp32", "fp16", "int8"]
+
+AUTO: Mapping[Precision, KvDtype] = {"fp32": "fp32", "bf16": "fp16", "int8": "fp16"}
+"""What keys and values are kept in beside weights of a precision: halves lose less than lossy weights do."""
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 _SCALE_BYTES = 4

@@ -136,7 +136,7 @@ def open_runner(
     context_limit: int | None = None,
     share: CoreShare | None = None,
     precision: Precision = "fp32",
-    kv_dtype: KvDtype = "fp32",
+    kv_dtype: KvDtype | None = None,
     kernels: str | None = None,
 ) -> TorchRunner:
     """Load a model (see `loading.load`) for this CPU.

@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "settings",
     [
         {},
-        {"precision": "bf16", "kv_dtype": "fp16"},
+        {"precision": "bf16"},
         {"precision": "int8", "kv_dtype": "int8"},
         {"batching": "layered", "admission": "past_future", "speculation": "off"},
         {"batching": "flow"},
@@ -40,7 +40,8 @@ async def test_settings_reach_the_engine(settings: dict[str, str], model: Path, 
     )
     async with opened as engine:
         info = engine.info()
-        assert (info.precision, info.kv_dtype) == (config.precision, config.kv_dtype)
+        kept_in = {"fp32": "fp32", "bf16": "fp16"}.get(config.precision, "int8")
+        assert (info.precision, info.kv_dtype) == (config.precision, kept_in)
         assert info.capacity_blocks == 32
         answer = await collect(engine, plain(request_of(range(1, 100), max_tokens=40), model=""))
         assert isinstance(answer.last, Finished), answer.last
