@@ -30,12 +30,16 @@ OPEN_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreNode:
-    """Where a node is; `capacity_bytes` weighs its share of chains. A draining one is read and not written."""
+    """Where a node is; `capacity_bytes` weighs its share of chains. A draining one is read and not written.
+
+    Nodes of one `host` fail together.
+    """
 
     worker: WorkerId
     address: str
     capacity_bytes: int
     draining: bool = False
+    host: str = ""
 
 
 def nodes_of(registry: Registry) -> Callable[[], tuple[StoreNode, ...]]:
@@ -49,6 +53,7 @@ def nodes_of(registry: Registry) -> Callable[[], tuple[StoreNode, ...]]:
                 address=record.address,
                 capacity_bytes=record.store.arena_bytes,
                 draining=record.state is not WorkerState.READY,
+                host=record.host,
             )
             for record in records
             if record.store is not None
