@@ -17,6 +17,7 @@ COMMANDS = {
     "run": ("covey.cli.run", "Run a Python file of yours against the mesh."),
     "init": ("covey.cli.init", "Write the secrets and configuration of a deployment."),
     "bench": ("covey.cli.bench", "Measure the mesh."),
+    "codebook": ("covey.cli.codebook", "Train the codebook of a model, for a store that keeps four bits a number."),
     "doctor": ("covey.cli.doctor", "Say what is missing and how to mend it."),
 }
 BENCH_PACKAGES = {"matplotlib", "psutil", "benchmarks"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,22 +99,34 @@ def nearest(points: Floats, centroids: Floats) -> NDArray[np.uint8]:
     return out
 
 
-def train(blocks: Sequence[Pages], *, model: str, revision: str, rounds: int, rng: np.random.Generator) -> Codebook:
+def train(
+    blocks: Sequence[Pages],
+    *,
+    model: str,
+    revision: str,
+    rounds: int,
+    rng: np.random.Generator,
+    done: Callable[[int, int], None] | None = None,
+) -> Codebook:
     """K-means over the blocks of a text, each sub-space on its own (MILLION, offline part; ours: by head too).
 
-    Raises:
-        InvalidArgument: fewer tokens than centroids.
+    `done` hears of each layer, and of how many. Raises `InvalidArgument` when there are fewer tokens than centroids.
     """
-    found = np.concatenate([pairs_of(pages) for pages in blocks], axis=4)
-    *outer, tokens, _ = found.shape
+    layers, heads, width, _ = blocks[0].keys.shape if blocks else (0, 0, 0, 0)
+    tokens = sum(pages.keys.shape[3] for pages in blocks)
     if tokens < CODES:
-        raise InvalidArgument(f"{tokens} tokens cannot train {CODES} centroids", field="text")
-    points = found.reshape(-1, tokens, PAIR)
-    centroids = points[:, np.sort(rng.choice(tokens, CODES, replace=False))].copy()
-    for _ in range(rounds):
-        centroids = _improved(points, centroids, rng)
-    stored = centroids.reshape(*outer, CODES, PAIR).astype(np.float16)
-    return Codebook(model=model, revision=revision, centroids=stored)
+        raise InvalidArgument(f"{tokens} tokens cannot train {CODES} centroids: give a longer text", field="text")
+    centroids = np.empty((layers, 2, heads, width // PAIR, CODES, PAIR), dtype=np.float16)
+    for layer in range(layers):
+        pairs = [pairs_of(pages.of(layer)) for pages in blocks]
+        points = np.concatenate(pairs, axis=4).reshape(-1, tokens, PAIR)
+        found = points[:, rng.choice(tokens, CODES, replace=False)].copy()
+        for _ in range(rounds):
+            found = _improved(points, found, rng)
+        centroids[layer] = found.reshape(centroids.shape[1:])
+        if done is not None:
+            done(layer, layers)
+    return Codebook(model=model, revision=revision, centroids=centroids)
 
 
 def _improved(points: Floats, centroids: Floats, rng: np.random.Generator) -> Floats:

@@ -30,6 +30,10 @@ class Pages:
     keys: Floats
     values: Floats
 
+    def of(self, layer: int) -> Pages:
+        """One of these layers."""
+        return Pages(keys=self.keys[layer : layer + 1], values=self.values[layer : layer + 1])
+
 
 def page_bytes(shape: BlockShape) -> int:
     """One head's keys or values of one layer. Raises `LayoutMismatch` for a shape whose numbers are not known."""

@@ -9,6 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from covey.types.kv import BlockShape, KvElement
+
+_ELEMENTS = {"fp32": KvElement.FP32, "fp16": KvElement.FP16, "int8": KvElement.INT8}
+
 
 class TokenMask(Protocol):
     """Which tokens may be drawn, computed beside the forward pass."""
@@ -155,6 +159,19 @@ class RunnerInfo:
     kv_heads: int = 0
     """Heads of keys and values in a block, and how wide they are; 0 when only the runner knows."""
     head_dim: int = 0
+
+    @property
+    def shape(self) -> BlockShape:
+        """Its blocks, as the store and its codecs know them."""
+        known = bool(self.kv_heads)
+        return BlockShape(
+            size_bytes=self.block_bytes,
+            layers=self.n_layers,
+            element=_ELEMENTS.get(self.kv_dtype, KvElement.OPAQUE) if known else KvElement.OPAQUE,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            tokens=self.block_size if known else 0,
+        )
 
 
 class Runner(Protocol):
