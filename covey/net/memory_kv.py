@@ -8,7 +8,8 @@ import anyio
 
 from covey.clock import Clock
 from covey.errors import CoveyError, InvalidArgument, LeaseExpired, Miss, Unavailable
-from covey.net.kv.copying import checksums
+from covey.net.kv.copying import checksums, layer_sums
+from covey.net.kv.reading import Layers, Reading
 from covey.policy.arena import Arena
 from covey.policy.store_index import Placed, StoreIndex, StoreLimits
 from covey.types.ids import BlockHash
@@ -25,7 +26,7 @@ from covey.types.kv import (
     ReserveReply,
     ReserveRequest,
 )
-from covey.types.store import Held, StoreKey
+from covey.types.store import Held, Ready, StoreKey
 
 PENDING_WAIT_S = 0.02
 
@@ -65,9 +66,9 @@ class MemoryBlockStore:
             tenant=key.tenant, namespace=key.namespace, hashes=tuple(hashes), owner=owner, ttl_s=ttl_s, shape=key.shape
         )
         reply = self.index.lookup(request, self._clock.now())
-        return MemoryHeld(self, key, reply.lease, tuple(block.hash for block in reply.blocks))
+        return MemoryHeld(self, key, reply.lease, reply.blocks.names)
 
-    async def load(self, held: Held, into: Sequence[memoryview]) -> int:
+    async def load(self, held: Held, into: Sequence[memoryview], *, ready: Ready | None = None) -> int:
         """Copy leased blocks into buffers, verified; return how many leading ones are good. Raises `LeaseExpired`."""
         await anyio.lowlevel.checkpoint()
         if not isinstance(held, MemoryHeld) or not held.hashes:
@@ -75,15 +76,24 @@ class MemoryBlockStore:
         if held.grant is None:
             raise LeaseExpired("this lease was released", field="lease")
         _check_sizes(held.key, into, "into")
-        now = self._clock.now()
-        self.index.locate(held.grant.lease, (), now)
-        for good, (name, buffer) in enumerate(zip(held.hashes, into, strict=False)):
-            fault = self._copy_out(held.grant, name, buffer, now)
-            if fault:
-                bad = QuarantineRequest(tenant=held.key.tenant, namespace=held.key.namespace, hash=name, reason=fault)
-                self.index.quarantine(bad, now)
-                return good
-        return min(len(held.hashes), len(into))
+        count = min(len(held.hashes), len(into))
+        reading = Reading([view.cast("B") for view in into[:count]], held.key.shape, ready)
+        self.index.locate(held.grant.lease, (), self._clock.now())
+        for layers in reading.passes():
+            for block in range(reading.good):
+                fault = self._copy_out(held.grant, held.hashes[block], reading.piece(block, layers), layers)
+                if fault:
+                    reading.fail(block, fault)
+                    break
+            if reading.by_layer:
+                await anyio.lowlevel.checkpoint()
+        if reading.fault:
+            name = held.hashes[reading.good]
+            bad = QuarantineRequest(
+                tenant=held.key.tenant, namespace=held.key.namespace, hash=name, reason=reading.fault
+            )
+            self.index.quarantine(bad, self._clock.now())
+        return reading.good
 
     async def store(
         self, key: StoreKey, blocks: Sequence[BlockKey], data: Sequence[memoryview], *, owner: str, ttl_s: float,
@@ -123,9 +133,9 @@ class MemoryBlockStore:
         except LeaseExpired:
             return
 
-    def corrupt(self, offset: int) -> None:
-        """Flip a bit of the block in a slot, as failing memory does."""
-        self._slots[offset][1][0] ^= 1
+    def corrupt(self, offset: int, at: int = 0) -> None:
+        """Flip a bit in the byte `at` of the block in a slot, as failing memory does."""
+        self._slots[offset][1][at] ^= 1
 
     async def _reserve(self, request: ReserveRequest) -> ReserveReply:
         give_up_at = self._clock.now() + request.ttl_s
@@ -157,14 +167,15 @@ class MemoryBlockStore:
             raise
         self.index.commit(reply.lease.lease, dict.fromkeys(sources, 0), now)
 
-    def _copy_out(self, grant: LeaseGrant, name: BlockHash, buffer: memoryview, now: float) -> str:
+    def _copy_out(self, grant: LeaseGrant, name: BlockHash, into: memoryview, layers: Layers) -> str:
         try:
-            (slot,) = self.index.locate(grant.lease, (name,), now)
+            (slot,) = self.index.locate(grant.lease, (name,), self._clock.now())
         except Miss:
             return "the block was taken out"
         data, sums = self._contents(slot)
-        buffer.cast("B")[:] = data
-        return "" if checksums(memoryview(data), slot.shape) == sums else "a layer does not have its checksum"
+        into[:] = memoryview(data)[layers.start : layers.end]
+        is_good = layer_sums(into, layers.last - layers.first) == sums[layers.first : layers.last]
+        return "" if is_good else "a layer does not have its checksum"
 
     def _contents(self, slot: Placed) -> tuple[bytearray, tuple[int, ...]]:
         generation, data, sums = self._slots[slot.location.offset]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import overload
 
+from covey.errors import InvalidArgument
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId, WorkerId
 from covey.types.limits import bounded
 
@@ -130,6 +133,76 @@ class BlockLocation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLocations(Sequence[BlockLocation]):
+    """Locations as columns, little-endian: a reply of a thousand of them is five fields, and each is built when asked.
+
+    `codecs` (numbers of `BlockCodec` on the wire) and `sizes` are empty when every block is RAW.
+    """
+
+    hashes: bytes = b""
+    offsets: bytes = b""
+    generations: bytes = b""
+    digests: bytes = b""
+    codecs: bytes = b""
+    sizes: bytes = b""
+
+    def __post_init__(self) -> None:
+        count = len(self.offsets) // 8
+        wide = (len(self.hashes), 2 * len(self.generations), 2 * len(self.digests)) == (16 * count,) * 3
+        encoded = (len(self.codecs), len(self.sizes)) in {(0, 0), (count, 8 * count)}
+        if not (wide and encoded and len(self.offsets) == 8 * count):
+            raise InvalidArgument("columns of locations have different lengths", field="blocks")
+        if self.codecs and not 1 <= min(self.codecs) <= max(self.codecs) <= len(BlockCodec):
+            raise InvalidArgument("a codec is unknown", field="blocks.codecs")
+
+    def __len__(self) -> int:
+        return len(self.offsets) // 8
+
+    @overload
+    def __getitem__(self, i: int) -> BlockLocation: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> BlockLocations: ...
+
+    def __getitem__(self, i: int | slice) -> BlockLocation | BlockLocations:
+        if isinstance(i, slice):
+            return self._part(*i.indices(len(self)))
+        at = i + len(self) if i < 0 else i
+        if not 0 <= at < len(self):
+            raise IndexError(i)
+        return BlockLocation(
+            hash=BlockHash(self.hashes[16 * at : 16 * at + 16]),
+            offset=int.from_bytes(self.offsets[8 * at : 8 * at + 8], "little"),
+            generation=int.from_bytes(self.generations[8 * at : 8 * at + 8], "little"),
+            digest=int.from_bytes(self.digests[8 * at : 8 * at + 8], "little"),
+            codec=_CODECS[self.codecs[at] - 1] if self.codecs else BlockCodec.RAW,
+            size_bytes=int.from_bytes(self.sizes[8 * at : 8 * at + 8], "little") if self.sizes else 0,
+        )
+
+    @property
+    def names(self) -> tuple[BlockHash, ...]:
+        """The hashes, in order."""
+        data = self.hashes
+        return tuple(BlockHash(data[at : at + 16]) for at in range(0, len(data), 16))
+
+    def _part(self, start: int, stop: int, step: int) -> BlockLocations:
+        if step != 1:
+            raise ValueError("locations are cut without steps")
+        wide = slice(8 * start, 8 * max(start, stop))
+        return BlockLocations(
+            hashes=self.hashes[2 * wide.start : 2 * wide.stop],
+            offsets=self.offsets[wide],
+            generations=self.generations[wide],
+            digests=self.digests[wide],
+            codecs=self.codecs[start : max(start, stop)],
+            sizes=self.sizes[wide],
+        )
+
+
+_CODECS = tuple(BlockCodec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LookupRequest:
     """Find the longest stored prefix of `hashes` and lease it to `owner`."""
 
@@ -152,7 +225,7 @@ class LookupReply:
     `cold_blocks` further blocks lie in lower tiers; to bring them up would take about `load_s`.
     """
 
-    blocks: tuple[BlockLocation, ...] = ()
+    blocks: BlockLocations = BlockLocations()
     lease: LeaseGrant | None = None
     cold_blocks: int = 0
     load_s: float = 0.0
@@ -259,13 +332,17 @@ class RenewRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetRequest:
-    """Stream leased blocks, layers `first_layer` to `last_layer` (0: to the end)."""
+    """Stream leased blocks, layers `first_layer` to `last_layer` (0: to the end).
+
+    `by_layer`: first the first layer of every block, then the second of every block, and so on.
+    """
 
     tenant: TenantId = bounded(size=128, default=TenantId(""))
     lease: LeaseId = bounded(size=128)
     hashes: tuple[BlockHash, ...] = bounded(size=HASHES_MAX)
     first_layer: int = bounded(low=0, default=0)
     last_layer: int = bounded(low=0, default=0)
+    by_layer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

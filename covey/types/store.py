@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from covey.types.ids import BlockHash, NamespaceId, TenantId
 from covey.types.kv import BlockKey, BlockShape
+
+Ready = Callable[[int], None]
+"""Called on the event loop with n: the first n layers of every block of a load are in its buffers, verified."""
 
 
 class Held(Protocol):
@@ -39,10 +42,12 @@ class BlockStore(Protocol):
         """Lease the longest stored prefix of `hashes` (possibly empty: `hashes == ()`)."""
         ...
 
-    async def load(self, held: Held, into: Sequence[memoryview]) -> int:
+    async def load(self, held: Held, into: Sequence[memoryview], *, ready: Ready | None = None) -> int:
         """Copy the leased blocks, in order, into buffers of `shape.size_bytes`, verifying every checksum.
 
         Returns how many leading blocks are good. A bad block is quarantined and counts as missing.
+        With `ready` the layers come one by one, each over all blocks, and it is called after each. A damaged layer
+        ends the good prefix at its block: the rest of that prefix is completed, and `ready` is not called again.
         Raises LeaseExpired when the lease ended first.
         """
         ...

@@ -10,9 +10,11 @@ from anyio import to_thread
 
 from covey.actor import Ref
 from covey.codec.methods import KvStore
-from covey.errors import DataCorrupt, InvalidArgument, NoSpace
+from covey.errors import DataCorrupt, NoSpace
 from covey.net.kv.copying import checksums
+from covey.net.kv.reading import layer_range
 from covey.net.rpc import Call, Handlers
+from covey.policy.slot import SlotHeader
 from covey.policy.store_index import Placed
 from covey.types import kv
 from covey.types.common import Empty
@@ -98,20 +100,16 @@ class Servicer:
 
     async def get(self, request: kv.GetRequest, call: Call) -> AsyncIterator[kv.BlockChunk]:
         placed = await self._do(call, partial(_locate, request))
-        for slot in placed:
-            try:
-                header = self._store.header(slot)
-            except DataCorrupt as error:
-                await self._condemn(slot, error.message, call)
-                raise
-            start, end = _byte_range(request, slot.shape)
-            sums = header.checksums
-            for at in range(start, end, kv.CHUNK_BYTES_MAX):
-                # The lease is looked at before each piece: it may have ended while a slow reader took the last one.
-                await self._do(call, partial(_check_lease, request))
-                data = bytes(self._store.payload(slot)[at : min(end, at + kv.CHUNK_BYTES_MAX)])
-                yield kv.BlockChunk(hash=slot.location.hash, offset=at, data=data, checksums=sums)
-                sums = ()
+        for first, last in _passes(request, placed[0].shape.layers if placed else 1):
+            for slot in placed:
+                layers = layer_range(slot.shape, first, last or slot.shape.layers)
+                sums = (await self._header(slot, call)).checksums if first == request.first_layer else ()
+                for at in range(layers.start, layers.end, kv.CHUNK_BYTES_MAX):
+                    # Before each piece: the lease may have ended while a slow reader took the last one.
+                    await self._do(call, partial(_check_lease, request))
+                    data = bytes(self._store.payload(slot)[at : min(layers.end, at + kv.CHUNK_BYTES_MAX)])
+                    yield kv.BlockChunk(hash=slot.location.hash, offset=at, data=data, checksums=sums)
+                    sums = ()
 
     async def renew(self, request: kv.RenewRequest, call: Call) -> kv.LeaseGrant:
         return await self._do(call, lambda store, now: store.index.renew(request, now))
@@ -172,6 +170,13 @@ class Servicer:
         if found != block.checksums:
             raise DataCorrupt("the bytes that were written do not have these checksums", field="blocks")
 
+    async def _header(self, slot: Placed, call: Call) -> SlotHeader:
+        try:
+            return self._store.header(slot)
+        except DataCorrupt as error:
+            await self._condemn(slot, error.message, call)
+            raise
+
     async def _condemn(self, slot: Placed, reason: str, call: Call) -> None:
         request = kv.QuarantineRequest(
             tenant=TenantId(""), namespace=slot.namespace, hash=slot.location.hash, reason=reason
@@ -196,12 +201,11 @@ def _check_lease(request: kv.GetRequest, store: Store, now: float) -> None:
     store.index.locate(request.lease, (), now)
 
 
-def _byte_range(request: kv.GetRequest, shape: kv.BlockShape) -> tuple[int, int]:
-    last = request.last_layer or shape.layers
-    if not request.first_layer < last <= shape.layers:
-        raise InvalidArgument(f"a block has {shape.layers} layers", field="last_layer")
-    layer_bytes = shape.size_bytes // shape.layers
-    return request.first_layer * layer_bytes, last * layer_bytes
+def _passes(request: kv.GetRequest, layers: int) -> list[tuple[int, int]]:
+    """Return the layers of each pass over the blocks; 0 as an end is each block's own."""
+    if not request.by_layer:
+        return [(request.first_layer, request.last_layer)]
+    return [(layer, layer + 1) for layer in range(request.first_layer, request.last_layer or layers)]
 
 
 def _as_events(snapshot: kv.KvSnapshot) -> list[kv.KvEvent]:

@@ -108,7 +108,8 @@ class Subject:
     other: BlockStore
     stats: Callable[[], Any]
     locate: Callable[[StoreKey, BlockHash], Any]
-    flip: Callable[[BlockLocation], Any]
+    flip: Callable[..., Any]
+    """Damages the byte `at` of what a location holds, counted from some place in its first layer."""
     reserve: Callable[[ReserveRequest], Any]
 
 
@@ -126,8 +127,8 @@ def memory_subject() -> Subject:
     async def reserve(request: ReserveRequest) -> Any:
         return store.index.reserve(request, clock.now())
 
-    async def flip(location: BlockLocation) -> None:
-        store.corrupt(location.offset)
+    async def flip(location: BlockLocation, at: int = 0) -> None:
+        store.corrupt(location.offset, at)
 
     return Subject(store, store, stats, locate, flip, reserve)
 
@@ -158,8 +159,8 @@ async def process_subject(process: StoreProcess, kind: str) -> AsyncIterator[Sub
         async def reserve(request: ReserveRequest) -> Any:
             return await channel.call(KvStore.RESERVE, request, timeout_s=5)
 
-        async def flip(location: BlockLocation) -> None:
-            await to_thread.run_sync(flip_byte, process.arena, location.offset + 4096)
+        async def flip(location: BlockLocation, at: int = 0) -> None:
+            await to_thread.run_sync(flip_byte, process.arena, location.offset + 4096 + at)
 
         yield Subject(
             client_of(process, channels, transport), client_of(process, others, transport), stats, locate, flip, reserve

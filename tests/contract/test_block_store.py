@@ -126,6 +126,43 @@ async def test_a_shape_of_many_dimensions_is_taken_as_it_lies(kind: str, process
         assert into == data[0]
 
 
+async def test_layers_come_one_by_one_over_all_blocks(kind: str, process: StoreProcess) -> None:
+    async with subject(kind, process) as it:
+        where, blocks = key(LARGE), chain(3)
+        data = content(3, LARGE)
+        await put(it.store, where, blocks, data)
+        into, layer_bytes = buffers(3, LARGE), LARGE.size_bytes // LARGE.layers
+        told: list[int] = []
+
+        def ready(layers: int) -> None:
+            told.append(layers)
+            end = layers * layer_bytes
+            assert [view[:end] for view in into] == [view[:end] for view in data], "these layers are there"
+            assert not any(any(view[end:]) for view in into), "and no later one"
+
+        held = await find(it.store, where, blocks)
+        assert await it.store.load(held, into, ready=ready) == 3
+        assert told == [1, 2, 3, 4]
+        pinned = await it.store.pin(where, names(blocks), owner="tool", ttl_s=5.0)
+        told.clear()
+        assert await it.store.load(pinned, buffers(3, LARGE), ready=told.append) == 3
+        assert told == [1, 2, 3, 4], "also for what a pin holds"
+
+
+async def test_a_damaged_layer_ends_the_good_prefix_at_its_block(kind: str, process: StoreProcess) -> None:
+    async with subject(kind, process) as it:
+        where, blocks = key(), chain(4)
+        data = content(4)
+        await put(it.store, where, blocks, data)
+        await it.flip(await it.locate(where, blocks[2].hash), at=SHAPE.size_bytes // SHAPE.layers)
+        told: list[int] = []
+        into = buffers(4)
+        assert await it.store.load(await find(it.store, where, blocks), into, ready=told.append) == 2
+        assert told == [1], "the first layer of every block was good, the second was not"
+        assert into[:2] == data[:2], "what is good is whole"
+        assert list((await find(it.store, where, blocks)).hashes) == names(blocks[:2])
+
+
 async def test_a_lookup_is_prefix_closed_and_a_miss_is_nothing(kind: str, process: StoreProcess) -> None:
     async with subject(kind, process) as it:
         where, blocks = key(), chain(6)

@@ -14,14 +14,15 @@ from covey.codec.methods import KvStore
 from covey.errors import CoveyError, Fenced, InvalidArgument, LeaseExpired, Miss, Pending, Unavailable
 from covey.net.kv.held import NothingHeld, StoreHeld, enter
 from covey.net.kv.node import ChannelSource, Node, StoreNode
-from covey.net.kv.ring import Ring
-from covey.net.kv.transfer import load_remote, load_shared, store_remote, store_shared
+from covey.net.kv.reading import Reading
+from covey.net.kv.ring import Ring, RingSettings, no_ring
+from covey.net.kv.shared import SharedMemory
+from covey.net.kv.stream import GrpcStream
+from covey.net.kv.transport import Transport
 from covey.types.ids import BlockHash
 from covey.types.kv import (
     BlockKey,
-    CommitBlock,
     CommitRequest,
-    Grant,
     GrantStatus,
     LookupRequest,
     PinKind,
@@ -29,8 +30,9 @@ from covey.types.kv import (
     QuarantineRequest,
     ReserveReply,
     ReserveRequest,
+    RingVersion,
 )
-from covey.types.store import Held, StoreKey
+from covey.types.store import Held, Ready, StoreKey
 
 PENDING_WAIT_S = 0.02
 """Between two looks at a block that another writer fills."""
@@ -50,6 +52,8 @@ class KvClientConfig:
     """How many nodes, in a chain's order of preference, an operation asks when they do not answer."""
     roots_max: int = 65_536
     """Blocks whose chain is remembered, so that a later part of a chain goes where its start is."""
+    settling_s: float = 30.0
+    """How long after a change of the ring, or a node's silence, blocks are also looked for where they were before."""
     copies_max: int = 2
     """Threads that copy at a time."""
 
@@ -63,9 +67,9 @@ class KvClient:
 
     def __init__(
         self, nodes: Callable[[], Sequence[StoreNode]], channels: ChannelSource, *, clock: Clock, boot_id: str,
-        config: KvClientConfig | None = None,
+        config: KvClientConfig | None = None, agreed: Callable[[], RingVersion | None] = no_ring,
     ) -> None:  # fmt: skip
-        """`nodes` returns who is there now; `boot_id` is this host's."""
+        """`nodes` returns who is there now, `agreed` who owns blocks; `boot_id` is this host's."""
         self._config = config or KvClientConfig()
         self._clock = clock
         self._ring = Ring(
@@ -73,9 +77,13 @@ class KvClient:
             channels,
             clock=clock,
             boot_id=boot_id if self._config.transport == "auto" else "",
-            timeout_s=self._config.call_timeout_s,
-            nodes_tried=self._config.nodes_tried,
-            roots_max=self._config.roots_max,
+            agreed=agreed,
+            settings=RingSettings(
+                timeout_s=self._config.call_timeout_s,
+                nodes_tried=self._config.nodes_tried,
+                roots_max=self._config.roots_max,
+                settling_s=self._config.settling_s,
+            ),
         )
         self._copies = CapacityLimiter(self._config.copies_max)
 
@@ -86,40 +94,42 @@ class KvClient:
         if not hashes:
             return NothingHeld()
         root = self._ring.root(key.namespace, hashes[0])
-        for node in self._ring.ranked(key.namespace, root):
+        for node in self._ring.readers(key.namespace, root):
             try:
                 held = await self._lookup_at(node, key, tuple(hashes), owner, ttl_s)
             except Unavailable:
+                self._ring.unsettle()
                 continue
             if held is not None:
                 self._ring.remember(key.namespace, held.hashes, root)
                 return held
-            break
+            if self._ring.is_settled:
+                break
         return NothingHeld()
 
-    async def load(self, held: Held, into: Sequence[memoryview]) -> int:
-        """Copy leased blocks into buffers, verified; return how many leading ones are good. Raises `LeaseExpired`."""
+    async def load(self, held: Held, into: Sequence[memoryview], *, ready: Ready | None = None) -> int:
+        """Copy leased blocks into buffers, verified; return how many leading ones are good. Raises `LeaseExpired`.
+
+        With `ready`, layer by layer over all blocks.
+        """
         if not isinstance(held, StoreHeld):
             return 0
         held.check()
         if len(held.locations) < len(held.hashes):  # a writer's lease or a pin says what it covers, not where
-            return await self._load_anew(held, into)
+            return await self._load_anew(held, into, ready)
         shape = held.key.shape
         count = min(len(held.locations), len(into))
         buffers = [_flat(view, shape.size_bytes, f"into[{i}]") for i, view in enumerate(into[:count])]
+        reading = Reading(buffers, shape, ready)
         try:
-            mapping = await held.node.mapping(held.grant.epoch)
+            transport = await self._transport(held)
         except CoveyError:
             return 0
-        if mapping is not None:
-            loaded = await load_shared(mapping, held, buffers, self._copies)
-        else:
-            timeout_s = self._config.transfer_timeout_s
-            loaded = await load_remote(held, buffers, timeout_s=timeout_s, limiter=self._copies)
-        if loaded.fault:
+        await transport.load(held, reading)
+        if reading.fault:
             await held.confirm()  # a store that started anew has other blocks where these were
-            await self._quarantine(held, held.hashes[loaded.good], loaded.fault)
-        return loaded.good
+            await self._quarantine(held, held.hashes[reading.good], reading.fault)
+        return reading.good
 
     async def store(
         self, key: StoreKey, blocks: Sequence[BlockKey], data: Sequence[memoryview], *, owner: str, ttl_s: float,
@@ -146,10 +156,11 @@ class KvClient:
         )
         root = self._ring.root(key.namespace, blocks[0].parent or blocks[0].hash)
         problem: CoveyError = Unavailable("no kvstore takes blocks")
-        for node in self._ring.ranked(key.namespace, root, writing=True):
+        for node in self._ring.writers(key.namespace, root):
             try:
                 held = await self._store_at(node, key, request, buffers)
             except Unavailable as error:
+                self._ring.unsettle()
                 problem = error
                 continue
             except (Miss, Pending) as error:
@@ -170,14 +181,17 @@ class KvClient:
             ttl_s=ttl_s,
             owner=owner,
         )
-        for node in self._ring.ranked(key.namespace, self._ring.root(key.namespace, hashes[0])):
+        for node in self._ring.readers(key.namespace, self._ring.root(key.namespace, hashes[0])):
             asked_at = self._clock.now()
             try:
                 reply = await enter(node, KvStore.PIN, request)
             except Unavailable:
+                self._ring.unsettle()
                 continue
             except Miss:
-                break
+                if self._ring.is_settled:
+                    break
+                continue
             return StoreHeld(
                 node=node,
                 key=key,
@@ -190,7 +204,7 @@ class KvClient:
 
     # -- one node ----------------------------------------------------------------
 
-    async def _load_anew(self, held: StoreHeld, into: Sequence[memoryview]) -> int:
+    async def _load_anew(self, held: StoreHeld, into: Sequence[memoryview], ready: Ready | None) -> int:
         try:
             reader = await self._lookup_at(held.node, held.key, held.hashes, LOADER, held.grant.ttl_s)
         except Unavailable:
@@ -198,7 +212,7 @@ class KvClient:
         if reader is None:
             return 0
         try:
-            return await self.load(reader, into)
+            return await self.load(reader, into, ready=ready)
         finally:
             await reader.release()
 
@@ -218,7 +232,7 @@ class KvClient:
             grant=reply.lease,
             asked_at=asked_at,
             clock=self._clock,
-            hashes=tuple(block.hash for block in reply.blocks),
+            hashes=reply.blocks.names,
             locations=reply.blocks,
         )
 
@@ -260,19 +274,20 @@ class KvClient:
         if not granted:
             return
         try:
-            blocks = await self._write(held, [grant for grant, _ in granted], [view for _, view in granted])
+            transport = await self._transport(held)
+            blocks = await transport.store(held, [grant for grant, _ in granted], [view for _, view in granted])
             request = CommitRequest(lease=held.grant.lease, epoch=held.grant.epoch, blocks=tuple(blocks))
             held.check()
             await held.node.call(KvStore.COMMIT, request)
         except (LeaseExpired, Fenced) as error:
             raise Unavailable("the write took longer than its lease, or the store started anew") from error
 
-    async def _write(self, held: StoreHeld, grants: Sequence[Grant], data: Sequence[memoryview]) -> list[CommitBlock]:
+    async def _transport(self, held: StoreHeld) -> Transport:
+        """Return what reaches the node best. Raises `Unavailable` when it does not answer."""
         mapping = await held.node.mapping(held.grant.epoch)
         if mapping is not None:
-            return await store_shared(mapping, held, grants, data, self._copies)
-        timeout_s = self._config.transfer_timeout_s
-        return await store_remote(held, grants, data, timeout_s=timeout_s, limiter=self._copies)
+            return SharedMemory(mapping, self._copies)
+        return GrpcStream(timeout_s=self._config.transfer_timeout_s, limiter=self._copies)
 
     async def _as_one(self, held: list[StoreHeld], request: ReserveRequest) -> StoreHeld:
         """Return one fresh lease in place of several rounds' leases."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import xxhash
 
 from covey.types.kv import BlockShape
+
+RELEASED_BYTES = 32 * 1024
+"""Copies of at least so many bytes let other threads run; for less that costs more than it gives."""
 
 
 def digest(header: bytes) -> int:
@@ -17,8 +21,13 @@ def digest(header: bytes) -> int:
 
 def checksums(payload: memoryview, shape: BlockShape) -> tuple[int, ...]:
     """Return xxh3-64 of each layer."""
-    size = shape.size_bytes // shape.layers
-    return tuple(xxhash.xxh3_64_intdigest(payload[at : at + size]) for at in range(0, shape.size_bytes, size))
+    return layer_sums(payload, shape.layers)
+
+
+def layer_sums(data: memoryview, layers: int) -> tuple[int, ...]:
+    """Return xxh3-64 of each of the layers of one size that `data` holds."""
+    size = data.nbytes // layers
+    return tuple(xxhash.xxh3_64_intdigest(data[at : at + size]) for at in range(0, data.nbytes, size))
 
 
 def copy_in(slot: memoryview, source: memoryview, shape: BlockShape) -> tuple[int, ...]:
@@ -26,18 +35,27 @@ def copy_in(slot: memoryview, source: memoryview, shape: BlockShape) -> tuple[in
     size = shape.size_bytes // shape.layers
     sums = []
     for at in range(0, shape.size_bytes, size):
-        layer = source[at : at + size]
-        slot[at : at + size] = layer
+        layer = slot[at : at + size]
+        copy(layer, source[at : at + size])
+        # Of the copy: what a caller's buffer becomes meanwhile must not be what the store vouches for.
         sums.append(xxhash.xxh3_64_intdigest(layer))
     return tuple(sums)
 
 
-def copy_out(slot: memoryview, into: memoryview, shape: BlockShape, sums: Sequence[int]) -> bool:
-    """Copy a block out of its slot; return whether the copy, not the slot, has the checksums."""
-    size = shape.size_bytes // shape.layers
-    for at, expected in zip(range(0, shape.size_bytes, size), sums, strict=True):
+def copy_out(slot: memoryview, into: memoryview, sums: Sequence[int]) -> bool:
+    """Copy layers out of a slot; return whether the copy, not the slot, has the checksums."""
+    size = into.nbytes // len(sums)
+    for at, expected in zip(range(0, into.nbytes, size), sums, strict=True):
         layer = into[at : at + size]
-        layer[:] = slot[at : at + size]
+        copy(layer, slot[at : at + size])
         if xxhash.xxh3_64_intdigest(layer) != expected:
             return False
     return True
+
+
+def copy(into: memoryview, source: memoryview) -> None:
+    """Copy bytes between buffers of one size."""
+    if into.nbytes < RELEASED_BYTES:
+        into[:] = source
+    else:
+        np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from covey.errors import DataCorrupt, Unavailable
 from covey.net.kv.copying import copy_in, copy_out, digest
+from covey.net.kv.reading import Layers
 from covey.policy.slot import SlotHeader, SlotState, header_bytes, payload_offset, slot_bytes
 from covey.types.ids import NamespaceId
 from covey.types.kv import BlockLocation, BlockShape, StoreInfo
@@ -43,24 +44,12 @@ class ArenaMapping:
         except (OSError, ValueError):
             return None
 
-    def read(self, location: BlockLocation, namespace: NamespaceId, shape: BlockShape, into: memoryview) -> None:
-        """Copy a block out and verify the copy; then see that the slot still is the one that was leased.
-
-        Raises:
-            DataCorrupt: header, checksum or generation do not fit; the message says which.
-        """
-        with memoryview(self._read) as arena:
-            end = location.offset + slot_bytes(shape)
-            if location.offset < 0 or end > self._size_bytes:
-                raise DataCorrupt("the slot lies outside the arena")
-            with arena[location.offset : end] as slot:
-                data = bytes(slot[: header_bytes(shape)])
-                header = checked_header(data, location, namespace, shape)
-                start = payload_offset(shape)
-                if not copy_out(slot[start : start + shape.size_bytes], into, shape, header.checksums):
-                    raise DataCorrupt("a layer does not have its checksum")
-                if bytes(slot[: header_bytes(shape)]) != data:
-                    raise DataCorrupt("the slot was used again during the copy")
+    def slot(self, location: BlockLocation, namespace: NamespaceId, shape: BlockShape) -> SlotView:
+        """Return a leased block's slot. Raises `DataCorrupt` when it does not hold that block."""
+        end = location.offset + slot_bytes(shape)
+        if location.offset < 0 or end > self._size_bytes:
+            raise DataCorrupt("the slot lies outside the arena")
+        return SlotView(memoryview(self._read)[location.offset : end], location, namespace, shape)
 
     def write(self, offset: int, shape: BlockShape, source: memoryview) -> tuple[int, ...]:
         """Copy a block into a granted slot's payload; return its checksums, for the commit."""
@@ -79,6 +68,30 @@ class ArenaMapping:
             self._faulted.add((offset, size_bytes))
             with suppress(OSError):  # an older kernel: the copy faults them in one by one
                 self._write.madvise(MADV_POPULATE_WRITE, offset, size_bytes)
+
+
+class SlotView:
+    """One committed block in a mapped arena."""
+
+    def __init__(self, slot: memoryview, location: BlockLocation, namespace: NamespaceId, shape: BlockShape) -> None:
+        """Raises `DataCorrupt` when the slot does not hold the block."""
+        self._slot = slot
+        self._header_bytes = header_bytes(shape)
+        self._start = payload_offset(shape)
+        self._header = bytes(slot[: self._header_bytes])
+        self._sums = checked_header(self._header, location, namespace, shape).checksums
+
+    def read(self, layers: Layers, into: memoryview) -> None:
+        """Copy layers out and verify the copy; then see that the slot still is the one that was leased.
+
+        Raises:
+            DataCorrupt: checksum or generation do not fit; the message says which.
+        """
+        source = self._slot[self._start + layers.start : self._start + layers.end]
+        if not copy_out(source, into, self._sums[layers.first : layers.last]):
+            raise DataCorrupt("a layer does not have its checksum")
+        if self._slot[: self._header_bytes] != self._header:
+            raise DataCorrupt("the slot was used again during the copy")
 
 
 def checked_header(data: bytes, location: BlockLocation, namespace: NamespaceId, shape: BlockShape) -> SlotHeader:

@@ -1,0 +1,132 @@
+"""The portable transport: blocks in chunks over the gRPC connection that carries the node's other calls."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+import anyio
+from anyio import CapacityLimiter, to_thread
+
+from covey.codec.methods import KvStore
+from covey.errors import DataCorrupt, DeadlineExceeded, Fenced, LeaseExpired, Miss, Unavailable
+from covey.net.kv.copying import checksums, copy, digest, layer_sums
+from covey.net.kv.held import StoreHeld
+from covey.net.kv.mapping import rebuilt_header
+from covey.net.kv.reading import Layers, Reading
+from covey.net.kv.transport import batches
+from covey.types.ids import BlockHash
+from covey.types.kv import CHUNK_BYTES_MAX, BlockChunk, CommitBlock, GetRequest, Grant, WriteChunk
+
+SPAN_BYTES = 64 * 1024 * 1024
+"""What a call may move within one `timeout_s`; a longer one gets more of them."""
+INLINE_BYTES = 4 * 1024 * 1024
+"""Hashed on the event loop: up to here, going to a thread and back takes longer."""
+
+
+class GrpcStream:
+    """Reads and writes over gRPC. A chunk that takes `timeout_s` to come ends a load."""
+
+    def __init__(self, *, timeout_s: float, limiter: CapacityLimiter) -> None:
+        self._timeout_s = timeout_s
+        self._limiter = limiter
+
+    async def load(self, held: StoreHeld, reading: Reading) -> None:
+        """Receive blocks; a node that goes away in the middle ends it early. Raises `LeaseExpired`."""
+        request = GetRequest(
+            tenant=held.key.tenant,
+            lease=held.grant.lease,
+            hashes=held.hashes[: len(reading.into)],
+            by_layer=reading.by_layer,
+        )
+        receiver = _Receiver(held, reading, self._limiter)
+        timeout_s = self._timeout_s * (1 + len(reading.into) * reading.shape.size_bytes // SPAN_BYTES)
+        try:
+            async with held.node.channel.stream(KvStore.GET, request, timeout_s=timeout_s) as chunks:
+                await receiver.run(aiter(chunks), self._timeout_s)
+        except (LeaseExpired, Fenced) as error:
+            raise LeaseExpired("the lease on these blocks has ended; look them up again", field="lease") from error
+        except (DataCorrupt, Miss, Unavailable, DeadlineExceeded, TimeoutError):
+            reading.fail(receiver.complete)  # the node knows, or is gone
+
+    async def store(self, held: StoreHeld, grants: Sequence[Grant], data: Sequence[memoryview]) -> list[CommitBlock]:
+        """Send blocks. Raises `LeaseExpired`, `Unavailable` and what the node answers."""
+        done: list[CommitBlock] = []
+        shape = held.key.shape
+        for batch in batches(len(grants), shape.size_bytes):
+            held.check()
+            upload = _chunks(held, [(grants[i].hash, data[i]) for i in batch])
+            try:
+                reply = await held.node.channel.upload(KvStore.WRITE, upload, timeout_s=self._timeout_s)
+            except DeadlineExceeded as error:
+                raise Unavailable("the store did not take the blocks in time") from error
+            if reply.size_bytes != len(batch) * shape.size_bytes:
+                raise Unavailable("the store took only a part of what was sent")
+            for i in batch:
+                sums = await to_thread.run_sync(checksums, data[i], shape, limiter=self._limiter)
+                done.append(CommitBlock(hash=grants[i].hash, checksums=sums))
+            await held.advance(len(batch))
+        return done
+
+
+class _Receiver:
+    """Puts chunks where they belong and verifies each block's layers once they are whole."""
+
+    def __init__(self, held: StoreHeld, reading: Reading, limiter: CapacityLimiter) -> None:
+        self.complete = 0
+        """Leading blocks of which all layers have come."""
+        self._held = held
+        self._reading = reading
+        self._limiter = limiter
+        self._sums: list[tuple[int, ...]] = []
+
+    async def run(self, chunks: AsyncIterator[BlockChunk], stall_s: float) -> None:
+        """Receive all passes. Raises what the call fails with, and `TimeoutError` when a chunk does not come."""
+        reading = self._reading
+        for layers in reading.passes():
+            for block in range(len(reading.into)):
+                with anyio.fail_after(stall_s):
+                    await self._receive(chunks, block, layers)
+                if block < reading.good and not await self._is_good(block, layers):
+                    self._held.check()
+                    reading.fail(block, "a layer does not have its checksum")
+                    if not reading.by_layer:
+                        return
+                if layers.last == reading.shape.layers and block < reading.good:
+                    self.complete = block + 1
+                await self._held.advance(1)
+
+    async def _receive(self, chunks: AsyncIterator[BlockChunk], block: int, layers: Layers) -> None:
+        name, into = self._held.hashes[block], self._reading.piece(block, layers)
+        filled = 0
+        while filled < into.nbytes:
+            chunk = await anext(chunks, None)
+            if chunk is None or chunk.hash != name or chunk.offset != layers.start + filled or not chunk.data:
+                raise Unavailable("the store did not send what was asked")
+            size = len(chunk.data)
+            if filled + size > into.nbytes:
+                raise Unavailable("the store sent more than was asked")
+            if block < self._reading.good:
+                copy(into[filled : filled + size], memoryview(chunk.data))
+            if block == len(self._sums):
+                self._sums.append(chunk.checksums)
+            filled += size
+
+    async def _is_good(self, block: int, layers: Layers) -> bool:
+        held, sums = self._held, self._sums[block]
+        if layers.first == 0:
+            header = rebuilt_header(held.locations[block], held.key.namespace, self._reading.shape, sums)
+            if digest(header) != held.locations[block].digest:
+                return False
+        data, count = self._reading.piece(block, layers), layers.last - layers.first
+        if data.nbytes <= INLINE_BYTES:
+            found = layer_sums(data, count)
+        else:
+            found = await to_thread.run_sync(layer_sums, data, count, limiter=self._limiter)
+        return found == sums[layers.first : layers.last]
+
+
+async def _chunks(held: StoreHeld, blocks: Sequence[tuple[BlockHash, memoryview]]) -> AsyncIterator[WriteChunk]:
+    for name, source in blocks:
+        for at in range(0, source.nbytes, CHUNK_BYTES_MAX):
+            data = bytes(source[at : at + CHUNK_BYTES_MAX])
+            yield WriteChunk(tenant=held.key.tenant, lease=held.grant.lease, hash=name, offset=at, data=data)
