@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -17,6 +18,7 @@ from covey.types.kv import (
     BlockCodec,
     BlockKey,
     BlockLocation,
+    BlockLocations,
     BlockShape,
     CommitRequest,
     Grant,
@@ -63,6 +65,9 @@ class Placed:
     parent: BlockHash = BlockHash(b"")
     tenant: TenantId = TenantId("")
     codec: BlockCodec = BlockCodec.RAW
+
+
+_CODECS = tuple(BlockCodec)
 
 
 class _Right(IntEnum):
@@ -119,7 +124,7 @@ class StoreIndex:
         if not found:
             return LookupReply()
         lease = self._grant_over(_Right.READ, found, request.owner, request.ttl_s, now)
-        return LookupReply(blocks=tuple(map(_location, found)), lease=_as_grant(lease, now))
+        return LookupReply(blocks=_locations(found), lease=_as_grant(lease, now))
 
     def locate(self, lease_id: LeaseId, hashes: Sequence[BlockHash], now: float) -> tuple[Placed, ...]:
         """Return the slots of leased blocks. Raises `LeaseExpired`, and `Miss` for a block not under the lease."""
@@ -424,6 +429,22 @@ def _location(block: Block) -> BlockLocation:
         hash=block.hash, offset=block.offset, generation=block.generation, digest=block.digest, codec=block.codec,
         size_bytes=block.shape.size_bytes if block.codec is not BlockCodec.RAW else 0,
     )  # fmt: skip
+
+
+def _locations(blocks: Sequence[Block]) -> BlockLocations:
+    count = len(blocks)
+    codecs = sizes = b""
+    if any(block.codec is not BlockCodec.RAW for block in blocks):
+        codecs = bytes(_CODECS.index(block.codec) + 1 for block in blocks)
+        sizes = struct.pack(f"<{count}Q", *(_location(block).size_bytes for block in blocks))
+    return BlockLocations(
+        hashes=b"".join(block.hash for block in blocks),
+        offsets=struct.pack(f"<{count}Q", *(block.offset for block in blocks)),
+        generations=struct.pack(f"<{count}Q", *(block.generation for block in blocks)),
+        digests=struct.pack(f"<{count}Q", *(block.digest for block in blocks)),
+        codecs=codecs,
+        sizes=sizes,
+    )
 
 
 def _pinned_once(blocks: Iterable[Block]) -> list[Block]:

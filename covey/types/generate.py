@@ -157,13 +157,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where the time of one request went, in seconds."""
+    """Where the time of one request went, in seconds. `kv_wait_s`, when nothing could be computed for want of loaded
+    keys and values, is the part of `lookup_s` and `transfer_s` that computing did not overlap.
+    """
 
     queue_s: float = 0.0
     lookup_s: float = 0.0
     transfer_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    kv_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

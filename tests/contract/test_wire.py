@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import struct
 import typing
 from collections.abc import Mapping
 from enum import Enum
@@ -22,7 +23,8 @@ from covey.codec import decode, encode
 from covey.codec.messages import FILES, descriptor, is_union, optional_of
 from covey.codec.methods import SERVICES, BidiStream, ClientStream, ServerStream, methods_of
 from covey.types.generate import Event, GenerateRequest, KvScope, Sampling, Tokens
-from covey.types.ids import NamespaceId, RequestId, TenantId
+from covey.types.ids import BlockHash, LeaseId, NamespaceId, RequestId, TenantId
+from covey.types.kv import BlockCodec, BlockLocation, BlockLocations, GetRequest
 from covey.types.limits import KEY
 
 MODULES: list[ModuleType] = [import_module(f"covey.types.{name}") for name in FILES]
@@ -98,6 +100,8 @@ def _plain(hint: Any, field: dataclasses.Field[Any], wire: Any) -> st.SearchStra
     limit = field.metadata.get(KEY)
     origin = typing.get_origin(hint)
     hint = getattr(hint, "__supertype__", hint)
+    if origin is tuple and not wire.is_repeated:  # hashes, in a row
+        return st.lists(st.binary(min_size=16, max_size=16), max_size=3).map(tuple)
     if origin is tuple:
         return st.lists(_plain(typing.get_args(hint)[0], field, wire), max_size=2).map(tuple)
     if origin is Mapping:
@@ -124,7 +128,23 @@ def _plain(hint: Any, field: dataclasses.Field[Any], wire: Any) -> st.SearchStra
     return st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
+@st.composite
+def _locations(draw: st.DrawFn) -> BlockLocations:
+    count, encoded = draw(st.integers(0, 3)), draw(st.booleans())
+    word = st.binary(min_size=8 * count, max_size=8 * count)
+    return BlockLocations(
+        hashes=draw(st.binary(min_size=16 * count, max_size=16 * count)),
+        codecs=bytes(draw(st.integers(1, len(BlockCodec))) for _ in range(count)) if encoded else b"",
+        offsets=draw(word),
+        generations=draw(word),
+        digests=draw(word),
+        sizes=draw(word) if encoded else b"",
+    )
+
+
 def _messages(cls: Any) -> st.SearchStrategy[Any]:
+    if cls is BlockLocations:
+        return _locations()
     hints = typing.get_type_hints(cls)
     wire = descriptor(cls.__name__).fields_by_name
     fields = {f.name: _values(hints[f.name], f, wire[f.name]) for f in dataclasses.fields(cls)}
@@ -139,6 +159,50 @@ def test_any_message_survives_the_wire(cls: type) -> None:
         assert decode(cls, encode(value)) == value
 
     round_trip()
+
+
+def test_locations_are_built_from_their_columns() -> None:
+    found = BlockLocations(
+        hashes=b"a" * 16 + b"b" * 16, offsets=struct.pack("<2Q", 4096, 1 << 40), generations=struct.pack("<2Q", 7, 8),
+        digests=struct.pack("<2Q", 1, (1 << 64) - 1), codecs=bytes([1, 3]), sizes=struct.pack("<2Q", 0, 512),
+    )  # fmt: skip
+    first = BlockLocation(hash=BlockHash(b"a" * 16), offset=4096, generation=7, digest=1)
+    last = BlockLocation(
+        hash=BlockHash(b"b" * 16), offset=1 << 40, generation=8, digest=(1 << 64) - 1, codec=BlockCodec.INT8,
+        size_bytes=512,
+    )  # fmt: skip
+    assert list(found) == [first, last]
+    assert found[-1] == last
+    assert found.names == (first.hash, last.hash)
+    assert list(found[1:]) == [last]
+    assert found[2:] == found[5:] == BlockLocations()
+    with pytest.raises(IndexError):
+        found[2]
+
+
+@pytest.mark.parametrize(
+    ("column", "data"), [("offsets", b"x" * 9), ("hashes", b"x" * 15), ("codecs", b"\x09"), ("sizes", b"x" * 7)]
+)
+def test_locations_whose_columns_disagree_are_refused(column: str, data: bytes) -> None:
+    whole = dict.fromkeys(("offsets", "generations", "digests", "sizes"), b"x" * 8)
+    whole |= {"hashes": b"h" * 16, "codecs": b"\x01"}
+    BlockLocations(**whole)
+    with pytest.raises(errors.InvalidArgument):
+        BlockLocations(**(whole | {column: data}))
+
+
+def test_a_row_of_hashes_that_does_not_divide_is_refused_on_both_sides() -> None:
+    request = GetRequest(lease=LeaseId("l"), hashes=(BlockHash(b"h" * 16),) * 2)
+    data = encode(request)
+    decoded: GetRequest = decode(GetRequest, data)
+    assert decoded == request
+    cut = data.replace(b"\x20" + b"h" * 32, b"\x1f" + b"h" * 31)
+    assert cut != data
+    with pytest.raises(errors.InvalidArgument):
+        encode(dataclasses.replace(request, hashes=(BlockHash(b"short"),)))
+    with pytest.raises(errors.InvalidArgument) as refused:
+        decoded = decode(GetRequest, cut)
+    assert refused.value.field == "hashes"
 
 
 def test_a_union_survives_the_wire_and_an_empty_one_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import anyio
@@ -32,7 +33,7 @@ class StoreHeld:
         asked_at: float,
         clock: Clock,
         hashes: tuple[BlockHash, ...],
-        locations: tuple[BlockLocation, ...] = (),
+        locations: Sequence[BlockLocation] = (),
     ) -> None:
         self.node = node
         self.key = key

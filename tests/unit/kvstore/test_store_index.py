@@ -32,7 +32,7 @@ from .index_calls import CHAINS, SHAPES, M, N, T, commit, keys, lookup, make, pi
 def test_a_block_is_visible_only_once_committed() -> None:
     index = make()
     reply = reserve(index, keys(CHAINS[0], 0, 3))
-    assert lookup(index, CHAINS[0][:3]).blocks == ()
+    assert not lookup(index, CHAINS[0][:3]).blocks
     commit(index, reply.lease, CHAINS[0][:2])
     found = lookup(index, CHAINS[0][:3])
     assert [b.hash for b in found.blocks] == CHAINS[0][:2]
