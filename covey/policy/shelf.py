@@ -75,6 +75,12 @@ class Shelf:
             found.append(block)
         return found
 
+    def visible(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> list[Block]:
+        """Return those of the named shared blocks that are visible."""
+        space = self._spaces.get(namespace)
+        found = [] if space is None else [space.blocks[name] for name in hashes if name in space.blocks]
+        return [block for block in found if block.state is BlockState.COMMITTED and not block.private]
+
     # -- coming ------------------------------------------------------------------
 
     def add(
@@ -202,6 +208,13 @@ class Shelf:
         self._quarantined += 1
         self.arena.retire(block.offset)
         self._doom(block)
+        return True
+
+    def drop(self, block: Block) -> bool:
+        """Evict one block, unless somebody needs it."""
+        if not block.evictable:
+            return False
+        self._evict(block)
         return True
 
     # -- views -------------------------------------------------------------------

@@ -302,6 +302,15 @@ class StoreIndex:
         self.expire(now)
         return tuple(map(_placed, self._shelf.coldest(count)))
 
+    def visible(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> tuple[Placed, ...]:
+        """Return those of the named shared blocks that are stored, without leasing or touching them."""
+        return tuple(map(_placed, self._shelf.visible(namespace, hashes)))
+
+    def drop(self, namespace: NamespaceId, hashes: Sequence[BlockHash], now: float) -> int:
+        """Evict the named blocks, parents first in `hashes`, except what somebody needs; return how many went."""
+        self.expire(now)
+        return sum(self._shelf.drop(block) for block in reversed(self._shelf.visible(namespace, hashes)))
+
     def drain_changes(self) -> tuple[IndexChange, ...]:
         """Return what became visible or went since the last call, in order."""
         return self._shelf.drain_changes()
