@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -17,6 +18,7 @@ from benchmarks.engine_cases import Case, cases
 from benchmarks.engine_figures import Figures, Rates, products_rows
 from benchmarks.engine_plots import engine_plot
 from benchmarks.engine_text import text_tokens
+from benchmarks.isa import held_to
 from benchmarks.limit import Limits
 from benchmarks.neighbours import cpu_time, is_disturbed, others_cores
 from benchmarks.report import Report
@@ -41,14 +43,16 @@ QUICK_WARM_UP = ("128",)
 
 def run(
     model: str, cache_dir: Path, run_dir: Path, console: Console, *, quick: bool, with_peers: bool, data: Path | None,
-    plots: Path,
+    plots: Path, isa: str | None = None,
 ) -> Report:  # fmt: skip
     """Measure everything in turn and draw the plot; a peer that fails is left out, and the reason printed.
+
+    `isa` holds all systems to an instruction set (see `benchmarks.isa`).
 
     Raises:
         CoveyError: our own fp32 runner, or the machine's own measurement, fails.
     """
-    source, report = resolve(model), Report("engine")
+    source, report = resolve(model), Report(f"engine-{isa}" if isa else "engine")
     found = [ours(model, cache_dir, precision) for precision in (QUICK_PRECISIONS if quick else PRECISIONS)]
     bench = EngineBench(source, run_dir, console, MonotonicClock(), steps=QUICK_STEPS if quick else STEPS)
     if with_peers:
@@ -57,7 +61,8 @@ def run(
             bench.leave_out(name, reason)
         found += theirs
     with bench:
-        bench.start([machine(model), *found])
+        held = held_to(isa) if isa else {}
+        bench.start([replace(each, environment={**each.environment, **held}) for each in (machine(model), *found)])
         bench.measure(text_tokens(source, data), QUICK_ROUNDS if quick else ROUNDS)
         points = bench.grid(QUICK_GRID if quick else GRID)
     figures = bench.figures()
@@ -146,11 +151,11 @@ class EngineBench:
         return found
 
     def figures(self) -> Figures:
-        """What was found out; the machine's limits are the best of all rounds."""
+        """What was found out; the machine's limits are the median of all rounds."""
         return Figures(
             config=self._config,
             cases=self._cases,
-            limits=best_of(self._limits),
+            limits=middle_of(self._limits),
             rates=[rates for _, rates in self._children],
             kv_bytes_per_token=self._kv_bytes,
             products_s=self._products_s,
@@ -225,11 +230,11 @@ class EngineBench:
             self._console.print(f"disturbed: others used {cores:.2f} cores in this round", style="yellow")
 
 
-def best_of(found: Sequence[Limits]) -> Limits:
-    """The best of several measurements of one machine."""
+def middle_of(found: Sequence[Limits]) -> Limits:
+    """The median of several measurements of one machine, each the best of its repeats, as of all that is compared."""
     return Limits(
-        read_bytes_per_s=max(limits.read_bytes_per_s for limits in found),
+        read_bytes_per_s=median(limits.read_bytes_per_s for limits in found),
         operations_per_s={
-            kind: max(limits.operations_per_s[kind] for limits in found) for kind in found[0].operations_per_s
+            kind: median(limits.operations_per_s[kind] for limits in found) for kind in found[0].operations_per_s
         },
     )

@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from benchmarks import isa
 from covey.clock import Clock
 from covey.model.config import ModelConfig
 from covey.model.matrix import GROUP, Matrix, Precision, pack
@@ -93,7 +94,7 @@ def codes(all_shapes: Sequence[Shape], precision: Precision) -> dict[str, list[P
         kept = [weight.to(dtype) for weight in weights]
         found["torch_rows"] = [_torch_rows(weight, room) for weight in kept]
         found["torch_columns"] = [_torch_columns(weight, room) for weight in kept]
-    kernels = library.find_library()
+    kernels = library.find_library(isa.asked())
     if kernels is not None:
         found["covey"] = [_native(kernels, pack(weight, precision), precision, room) for weight in weights]
     return found

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks import isa
 from benchmarks.drivers.lines import private_output, serve
 from covey.model.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from covey.model.matrix import Precision
@@ -65,6 +66,7 @@ class Covey:
             n_blocks=POOL_TOKENS // BLOCK_TOKENS,
             block_size=BLOCK_TOKENS,
             precision=precision,
+            kernels=isa.asked(),
         )
         self._grammars: GrammarCompiler | None = None
         self._used_blocks = 0

@@ -7,10 +7,15 @@ import sys
 import time
 from typing import Any
 
-import vllm  # type: ignore[import-not-found]
-from vllm import LLM, SamplingParams
+import torch
 
 from benchmarks.drivers.lines import private_output, serve
+from benchmarks.isa import hide_avx512
+
+hide_avx512(torch)  # before vLLM chooses its kernels
+
+import vllm  # type: ignore[import-not-found]  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
 
 CONTEXT_TOKENS = 4096
 SPARE_TOKENS = 64

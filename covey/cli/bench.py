@@ -55,7 +55,10 @@ def serve(
 @click.option("--json", "target", help="Write the result here; - for standard output.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), default=Path(".bench"), show_default=True)
 @click.option("--model", default=DEFAULT, show_default=True, help="A packaged name, a folder, or a .gguf file.")
-def engine(peers: bool, quick: bool, data: Path | None, target: str | None, plots: Path, model: str) -> None:
+@click.option("--isa", type=click.Choice(["avx2"]), help="Hold every system to this instruction set.")
+def engine(
+    peers: bool, quick: bool, data: Path | None, target: str | None, plots: Path, model: str, isa: str | None
+) -> None:
     """Prefill and decode of the engine's runner, beside its peers and what the machine can do."""
     from benchmarks import engine as benchmark
 
@@ -70,6 +73,7 @@ def engine(peers: bool, quick: bool, data: Path | None, target: str | None, plot
             with_peers=peers,
             data=data or _data(),
             plots=plots,
+            isa=isa,
         )
     _publish(report, console, target, plots / "engine.png")
 
