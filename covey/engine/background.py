@@ -11,13 +11,17 @@ Ts = TypeVarTuple("Ts")
 
 
 class Background:
-    """Starts tasks and says, through `on_end`, when one has ended: what waits may have room now."""
+    """Starts tasks and says, through `on_end`, when one has ended or come further: what waits may go on now."""
 
     def __init__(self, tasks: TaskGroup, on_end: Callable[[], object]) -> None:
         self._tasks = tasks
         self._on_end = on_end
         self.running = 0
         """Tasks that have not ended."""
+
+    def wake(self) -> None:
+        """Say that something has changed."""
+        self._on_end()
 
     def spawn(self, work: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> None:
         """Run `work` with its arguments."""

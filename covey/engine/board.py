@@ -25,6 +25,8 @@ class Board:
     generated_tokens: int = 0
     bare_handovers: int = 0
     """Hand-overs whose blocks the store did not take."""
+    written_ahead: int = 0
+    """Blocks that were stored while their prompt was still being computed."""
     demoted_blocks: int = 0
     lost_demotions: int = 0
     verified_blocks: int = 0

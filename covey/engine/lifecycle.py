@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from covey.clock import Clock
@@ -18,6 +17,7 @@ from covey.types.generate import Event, Role, Stage, Tokens
 from covey.types.ids import WorkerId
 from covey.types.store import BlockStore
 
+from .arrivals import Arrivals
 from .background import Background
 from .board import Board
 from .endings import cancelled, failed, finished
@@ -27,6 +27,7 @@ from .limits import EngineLimits
 from .loading import Loader
 from .migration import Migration
 from .moves import Moves
+from .preemption import Preemption
 from .promises import make_promises
 from .register import Register
 from .retention import Retention
@@ -34,6 +35,7 @@ from .sequence import Sequence
 from .stepping import Done, RunningStep, Stepper
 from .text import Vocabulary
 from .transfer import Transfers
+from .write_ahead import WriteAhead
 
 
 class Lifecycle:
@@ -75,9 +77,23 @@ class Lifecycle:
         self._promises = make_promises(limits.admission, self.pool, info.block_size)
         self._holdings = Holdings(self.pool, self._promises, info.block_size)
         self._stepper = Stepper(runner, clock, niceness=limits.niceness)
-        self._loader = Loader(transfers, self._holdings, block_size=info.block_size, role=role, worker=worker)
+        ahead = WriteAhead(self.pool, transfers, limits, self.board, worker=worker, block_bytes=info.block_bytes)
         self._moves = Moves(
-            self.migration, self._holdings, self.board, clock, block_size=info.block_size, end=self._end
+            self.migration, ahead, self._holdings, self.board, clock, block_size=info.block_size, end=self._end
+        )
+        self._preemption = Preemption(
+            self.live, self.batcher, self._holdings, self.retention, self._moves, self._stepper, self.board
+        )
+        self._arrivals = Arrivals(
+            self.batcher,
+            self._holdings,
+            Loader(transfers, self._holdings, clock, block_size=info.block_size, role=role, worker=worker),
+            self._moves,
+            self._stepper,
+            clock,
+            n_layers=info.n_layers,
+            by_layer=limits.loading == "layers",
+            in_step=self._is_in_step,
         )
         self._leaving: list[Sequence] = []
 
@@ -119,33 +135,14 @@ class Lifecycle:
     def admit(self, now: float) -> None:
         """Give waiting sequences their blocks, for as long as there are some."""
         for seq_id in self.batcher.admit(self._find_room, now):
-            seq = self._seq(seq_id)
+            seq = self.live.running(seq_id)
             seq.admitted_at = seq.admitted_at or now
-            if self._loader.can_load(seq):
-                self._moves.run(seq, self._loader.load, self._start)
-            else:
-                self._start(seq)
-        if not self.batcher.waiting:
-            return
-        if not self.batcher.running:
-            self.retention.give_way(now)
-        elif not self._moves.swapping:
-            for seq_id in self.batcher.preempt(now):
-                self._preempt(self._seq(seq_id))
+            self._arrivals.admitted(seq)
+        if self.batcher.waiting:
+            self._preemption.make_way(now)
 
     def _find_room(self, seq_id: int) -> bool:
-        return self._holdings.find_room(self._seq(seq_id), self.live.all())
-
-    def _start(self, seq: Sequence) -> None:
-        seq.started_at = seq.started_at or self._clock.now()
-        seq.is_running = True
-        if seq.preemptions:
-            self._moves.forget_leases(seq)
-        self._holdings.book(seq)
-        self.batcher.start(seq.id, computed=seq.computed, known=len(seq.tokens))
-        if seq.paused_at is not None:
-            self.batcher.pause(seq.id, is_paused=True)
-        seq.show(Stage.PREFILL)
+        return self._holdings.find_room(self.live.running(seq_id), self.live.all())
 
     # -- one step ---------------------------------------------------------------------
 
@@ -153,7 +150,7 @@ class Lifecycle:
         """Start the next step; None when nothing can run. Call `end_step` or `fail_step` when it has ended."""
         guesses = self._guesses()
         chunks = self.batcher.plan(now, {seq: len(guess) for seq, guess in guesses.items()})
-        work = self._with_blocks(chunks, now)
+        work = self._preemption.with_blocks(chunks, now)
         if work:
             self.step = self._stepper.begin(work, guesses, on_end)
         return self.step
@@ -167,7 +164,7 @@ class Lifecycle:
         drawn = {seq: len(found) for seq, found in draws.items()}
         self.board.count(step.chunks, suspended)
         self.batcher.apply(step.chunks, drawn, done.elapsed_s, suspended=suspended)
-        if all(chunk.count == 1 for chunk in step.chunks):
+        if all(chunk.count == 1 and chunk.is_drawn and not chunk.first_layer for chunk in step.chunks):
             tried = {c.seq: (c.draft, drawn[c.seq] - 1) for c in step.chunks if c.draft and c.seq in drawn}
             tokens = sum(chunk.tokens for chunk in step.chunks)
             self.speculation.apply(tried, tokens=tokens, elapsed_s=done.elapsed_s)
@@ -179,11 +176,13 @@ class Lifecycle:
             if (seq := self.live.get(chunk.seq)) is not None:
                 seq.is_suspended = chunk.seq in suspended or chunk.last_layer is not None
                 self._advance(seq, chunk, draws.get(seq.id, ()), now)
+        self._arrivals.after_step()
 
     def fail_step(self, step: RunningStep) -> None:
         """A step found no memory: its requests end, the engine lives on."""
         self.step = None
         self._release_leaving()
+        self._arrivals.after_step()
         for seq_id in step.seqs:
             if (seq := self.live.get(seq_id)) is not None:
                 seq.is_suspended = True  # perhaps: the runner may have stopped anywhere
@@ -193,42 +192,17 @@ class Lifecycle:
         """Guesses for a step that only decodes; prompts are worth more than guesses."""
         if self._role is Role.PREFILL or not self._limits.speculation.guess_max:
             return {}
-        running = [seq for seq in self.live.all() if seq.is_running and seq.paused_at is None]
+        running = [s for s in self.live.all() if s.is_running and s.paused_at is None and not s.is_loading]
         if any(len(seq.tokens) - seq.computed > 1 for seq in running):
             return {}
         candidates = [Candidate(seq=seq.id, tokens=seq.tokens, room=seq.guess_room) for seq in running]
         return self.speculation.plan(candidates, tokens=len(running), draws=len(running))
 
-    def _with_blocks(self, chunks: tuple[Chunk, ...], now: float) -> list[tuple[Sequence, Chunk]]:
-        """The chunks that can run now; when blocks run out, somebody is swapped out for those that go first."""
-        work = []
-        for chunk in chunks:
-            seq = self._seq(chunk.seq)
-            if not seq.is_running:
-                continue  # swapped out for an earlier one
-            if self._holdings.cover(seq, chunk.start + chunk.tokens):
-                work.append((seq, chunk))
-            elif self._holdings.cover(seq, chunk.start + chunk.count) or self._make_room(seq, chunk, now):
-                work.append((seq, replace(chunk, draft=0)))
-        return [(seq, chunk) for seq, chunk in work if seq.is_running]
-
-    def _make_room(self, seq: Sequence, chunk: Chunk, now: float) -> bool:
-        """Swap out others, or this one, until the chunk has its blocks; False when it must wait."""
-        while not self._moves.swapping:
-            victim = self.batcher.victim()
-            if victim is None or (victim == seq.id and self._running == 1):
-                self.retention.give_way(now)
-                return False
-            self._preempt(self._seq(victim))
-            if victim == seq.id:
-                return False
-            if self._holdings.cover(seq, chunk.start + chunk.count):
-                return True
-        return False
-
     def _advance(self, seq: Sequence, chunk: Chunk, draws: tuple[Draw, ...], now: float) -> None:
         seq.show(Stage.DECODE if seq.first_token_at else Stage.PREFILL)
         if seq.is_suspended:
+            if seq.is_loading:
+                self._arrivals.stood_still(seq)
             return
         computed = chunk.start + chunk.count + max(0, len(draws) - 1)
         tokens = seq.push(draws, self._vocabulary) if draws else None
@@ -238,6 +212,8 @@ class Lifecycle:
             seq.first_token_at = seq.first_token_at or now
             self.board.generated_tokens += len(tokens.ids)
             self._deliver(seq, tokens)
+        elif self._role is Role.PREFILL:
+            self._moves.write_ahead(seq)
 
     def _deliver(self, seq: Sequence, tokens: Tokens) -> None:
         if seq.has_ended:
@@ -246,24 +222,13 @@ class Lifecycle:
         elif self._role is Role.PREFILL:
             self.batcher.remove(seq.id)
             seq.is_running = False
-            self._moves.run(seq, partial(self._moves.hand_over, first=tokens), self._start)
+            self._moves.run(seq, partial(self._moves.hand_over, first=tokens), self._arrivals.start)
         else:
             seq.outbox.put(tokens)
             if seq.outbox.is_full:
                 seq.paused_at = self._clock.now()
                 seq.outbox.is_paused = True
                 self.batcher.pause(seq.id, is_paused=True)
-
-    # -- leaving the pool for a while, or for good ---------------------------------------
-
-    def _preempt(self, seq: Sequence) -> None:
-        """Take a running sequence's blocks; it waits for room and goes on where it was."""
-        self.batcher.requeue(seq.id)
-        self._drop_layers(seq)
-        seq.is_running = False
-        seq.preemptions += 1
-        self.board.preemptions += 1
-        self._moves.swap_out(seq)
 
     # -- endings ------------------------------------------------------------------------
 
@@ -284,7 +249,7 @@ class Lifecycle:
         seq.is_over = True
         seq.outbox.put(event)
         self.live.remove(seq)
-        if self.step is not None and seq.id in self.step.seqs:
+        if self.step is not None and self._is_in_step(seq):
             self.step.interrupt.cancel(seq.id)
             self._leaving.append(seq)
         else:
@@ -299,8 +264,9 @@ class Lifecycle:
     def _let_go(self, seq: Sequence) -> None:
         self.batcher.remove(seq.id)
         self.speculation.forget(seq.id)
-        self._drop_layers(seq)
+        self._stepper.drop(seq)
         seq.is_running = False
+        self._moves.forget_written(seq)
         if seq.transfer is not None:
             seq.transfer.cancel()
             return
@@ -324,16 +290,5 @@ class Lifecycle:
         elif now - paused_at > self._limits.reader_stall_s:
             self._end(seq, failed(Cancelled("the reader fell too far behind")))
 
-    @property
-    def _running(self) -> int:
-        return sum(seq.is_running for seq in self.live.all())
-
-    def _drop_layers(self, seq: Sequence) -> None:
-        if seq.is_suspended:
-            seq.is_suspended = False
-            self._stepper.drop(seq.id)
-
-    def _seq(self, seq_id: int) -> Sequence:
-        seq = self.live.get(seq_id)
-        assert seq is not None, "the batcher plans live sequences only"
-        return seq
+    def _is_in_step(self, seq: Sequence) -> bool:
+        return self.step is not None and seq.id in self.step.seqs

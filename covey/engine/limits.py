@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from covey.policy.batch_limits import BatchLimits
 from covey.policy.speculation import SpeculationLimits
 
 from .promises import Admission
+
+Loading = Literal["layers", "whole"]
+"""Ways of bringing stored blocks in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,10 @@ class EngineLimits:
     """A request paused for this long fails."""
     kv_timeout_s: float = 5.0
     """One look-up and load, or one store. What is not there by then is computed instead."""
+    loading: Loading = "layers"
+    """Whether a sequence runs through the first layers of its stored blocks while the others are being loaded."""
+    ahead_bytes: int = 64 << 20
+    """Bytes of unfinished prompts that may be on their way to the store at once; 0: all is stored at hand-over."""
     handover_ttl_s: float = 15.0
     """How long prefill keeps its leases for the decode worker to come."""
     grace_s: float = 1.0
@@ -44,5 +52,5 @@ class EngineLimits:
     """How far the computing threads' priority is below that of the mesh's event loops."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.pinned_share <= 1 or self.outbox_tokens < 1:
-            raise ValueError("pinned_share must be between 0 and 1, outbox_tokens at least 1")
+        if not 0 <= self.pinned_share <= 1 or self.outbox_tokens < 1 or self.ahead_bytes < 0:
+            raise ValueError("pinned_share must be between 0 and 1, outbox_tokens at least 1, ahead_bytes at least 0")

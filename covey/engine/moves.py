@@ -17,6 +17,7 @@ from .endings import failed
 from .holdings import Holdings
 from .migration import Migration
 from .sequence import Sequence
+from .write_ahead import WriteAhead
 
 Work = Callable[[Sequence], Awaitable[Handover | None]]
 
@@ -27,6 +28,7 @@ class Moves:
     def __init__(
         self,
         migration: Migration,
+        ahead: WriteAhead,
         holdings: Holdings,
         board: Board,
         clock: Clock,
@@ -36,6 +38,7 @@ class Moves:
     ) -> None:
         """`end` ends a sequence with an event."""
         self._migration = migration
+        self._ahead = ahead
         self._holdings = holdings
         self._board = board
         self._clock = clock
@@ -72,6 +75,15 @@ class Moves:
         else:
             then(seq)
 
+    def wake(self) -> None:
+        """Say that a sequence may have something to do."""
+        assert self.background is not None, "the engine has been opened"
+        self.background.wake()
+
+    def write_ahead(self, seq: Sequence) -> None:
+        """Store the blocks of an unfinished prompt that are full, in the background."""
+        self._ahead.follow(seq, self._spawn)
+
     def swap_out(self, seq: Sequence) -> None:
         """Free the blocks of a sequence that waits again: stored first, where there is a store, else just dropped."""
         seq.show(Stage.QUEUE)
@@ -101,6 +113,7 @@ class Moves:
         """Store a prompt's blocks for the worker that goes on with it."""
         seq.show(Stage.TRANSFER)
         began = self._clock.now()
+        await self._ahead.settle(seq)
         try:
             ticket = await self._migration.stash(seq, self._block_size)
         except CoveyError:  # a store that is full or gone costs a second prefill, not the request
@@ -117,3 +130,7 @@ class Moves:
     def forget_leases(self, seq: Sequence) -> None:
         """Give back the leases on what was stored of a sequence."""
         self._migration.forget(seq.request.request_id, self._spawn)
+
+    def forget_written(self, seq: Sequence) -> None:
+        """Give back the leases on what was stored of an unfinished prompt."""
+        self._ahead.forget(seq, self._spawn)

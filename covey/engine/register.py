@@ -31,6 +31,12 @@ class Register:
         """The sequence of this number, while it lives."""
         return self._by_id.get(seq_id)
 
+    def running(self, seq_id: int) -> Sequence:
+        """The sequence of this number, which the batcher knows and which therefore lives."""
+        seq = self._by_id.get(seq_id)
+        assert seq is not None, "the batcher plans live sequences only"
+        return seq
+
     def of_outbox(self, outbox: Outbox) -> Sequence | None:
         """The sequence that writes to this outbox."""
         return self._by_outbox.get(outbox)

@@ -54,6 +54,10 @@ class Sequence:
     """The task that loads or stores this sequence's blocks; they stay held until it ends."""
     is_running: bool = False
     """Whether the batcher may plan it; not while it waits, loads, is handed over or swapped out."""
+    is_loading: bool = False
+    """Whether it runs through the first layers while its blocks' other layers are still on their way."""
+    brought: int = 0
+    """Leading tokens that were there when loading ended."""
     is_suspended: bool = False
     """Whether the runner keeps something of it between two layers."""
     is_over: bool = False
@@ -65,6 +69,9 @@ class Sequence:
     first_token_at: float = 0.0
     lookup_s: float = 0.0
     transfer_s: float = 0.0
+    kv_wait_s: float = 0.0
+    waits_since: float | None = None
+    """Since when it cannot go on for want of loaded keys and values."""
     cached_tokens: int = 0
     loaded_tokens: int = 0
     blocks_moved: int = 0
@@ -168,6 +175,16 @@ class Sequence:
                 return False
         return True
 
+    def wait_for_kv(self, now: float) -> None:
+        """It stands still until more of its keys and values are loaded."""
+        self.waits_since = now
+
+    def got_kv(self, now: float) -> None:
+        """What it stood still for is there."""
+        if self.waits_since is not None:
+            self.kv_wait_s += now - self.waits_since
+            self.waits_since = None
+
     def usage(self) -> Usage:
         """Counts so far; tokens of earlier workers included."""
         return Usage(
@@ -185,6 +202,7 @@ class Sequence:
             queue_s=(self.admitted_at or now) - self.submitted_at,
             lookup_s=self.lookup_s,
             transfer_s=self.transfer_s,
+            kv_wait_s=self.kv_wait_s,
             prefill_s=first - self.started_at if self.started_at else 0.0,
             decode_s=now - first,
         )

@@ -104,9 +104,11 @@ class Stepper:
             ended=ended,
         )
 
-    def drop(self, seq: int) -> None:
+    def drop(self, seq: Sequence) -> None:
         """Forget what a sequence left between two layers; not while a step runs."""
-        self._runner.drop(seq)
+        if seq.is_suspended:
+            seq.is_suspended = False
+            self._runner.drop(seq.id)
 
     def close(self) -> None:
         """No more steps."""

@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 
 from covey.clock import Clock
 from covey.errors import CoveyError, DeadlineExceeded
-from covey.model.plan import Runner, RunnerInfo
-from covey.types.ids import NamespaceId, TenantId
-from covey.types.kv import BlockKey, BlockShape, KvElement
-from covey.types.store import BlockStore, Held, StoreKey
+from covey.model.plan import Runner
+from covey.types.ids import BlockHash, NamespaceId, TenantId
+from covey.types.kv import BlockKey
+from covey.types.store import BlockStore, Held, Ready, StoreKey
 
 from .chain import Stretch
 
 RELEASE_TIMEOUT_S = 1.0
 """A lease that cannot be given back by then ends by itself."""
 
+TAIL_READER = "tail"
+"""Owner of the lease under which the unfinished block of a prompt is read ahead of the others."""
 
-_ELEMENTS = {"fp32": KvElement.FP32, "fp16": KvElement.FP16, "int8": KvElement.INT8}
+OnLayers = Callable[[int, int], None]
+"""Called with (blocks, layers): so many blocks are on their way, and so many leading layers of each are there."""
 
 Spawn = Callable[..., None]
 """Runs an async function with its arguments in the actor's task group."""
@@ -34,20 +38,6 @@ class Fetched:
     blocks: int
     lookup_s: float
     transfer_s: float
-
-
-def shape_of(info: RunnerInfo) -> BlockShape:
-    """What the store and its codecs need to know of a runner's blocks."""
-    if not info.kv_heads:
-        return BlockShape(size_bytes=info.block_bytes, layers=info.n_layers)
-    return BlockShape(
-        size_bytes=info.block_bytes,
-        layers=info.n_layers,
-        element=_ELEMENTS.get(info.kv_dtype, KvElement.OPAQUE),
-        kv_heads=info.kv_heads,
-        head_dim=info.head_dim,
-        tokens=info.block_size,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +57,24 @@ class Transfers:
         self._runner = runner
         self._clock = clock
         self._timeout_s = timeout_s
-        self._shape = shape_of(runner.info)
+        self._shape = runner.info.shape
 
     async def fetch(
-        self, tenant: TenantId, stretches: Sequence[Stretch], blocks: Sequence[int], *, skip: int, owner: str
+        self,
+        tenant: TenantId,
+        stretches: Sequence[Stretch],
+        blocks: Sequence[int],
+        *,
+        skip: int,
+        owner: str,
+        has_tail: bool = False,
+        on_layers: OnLayers | None = None,
     ) -> Fetched:
         """Load the longest stored prefix of a chain, after its first `skip` blocks, into `blocks`, in order.
 
-        `stretches` begin with the chain's first block: the store finds the rest of a chain by its start.
+        `stretches` begin with the chain's first block: the store finds the rest of a chain by its start. With
+        `on_layers` what is found of the last one comes layer by layer. Only an unfinished block at the end, which
+        `has_tail` announces, comes before and whole: its owner writes into it as soon as there is a layer.
         """
         good, lookup_s, transfer_s = 0, 0.0, 0.0
         with anyio.move_on_after(self._timeout_s):
@@ -88,7 +88,14 @@ class Transfers:
                     async with self._leased(tenant, stretch, known, owner) as held:
                         found = self._clock.now()
                         lookup_s += found - began
-                        count = await self._load(held, blocks[good : good + len(held.hashes)])
+                        into = blocks[good : good + len(held.hashes)]
+                        is_whole = known + len(into) == len(stretch.keys)
+                        if on_layers is None or (is_whole and stretch is not stretches[-1]):
+                            count = await self._load(held, into)
+                        else:
+                            key = self._key(tenant, stretch)
+                            tail = held.hashes[-1:] if has_tail and is_whole else ()
+                            count = await self._load_layers(key, held, into, tail, partial(_behind, on_layers, good))
                         transfer_s += self._clock.now() - found
                 except CoveyError:
                     break
@@ -109,7 +116,7 @@ class Transfers:
         try:
             with self._deadline():
                 for stretch in stretches:
-                    key = StoreKey(tenant=tenant, namespace=stretch.namespace, shape=self._shape)
+                    key = self._key(tenant, stretch)
                     with self._views(blocks[done : done + len(stretch.keys)]) as views:
                         leases.append(await self._store.store(key, stretch.keys, views, owner=owner, ttl_s=ttl_s))
                     done += len(stretch.keys)
@@ -135,10 +142,13 @@ class Transfers:
             for held in leases:
                 await held.release()
 
+    def _key(self, tenant: TenantId, stretch: Stretch) -> StoreKey:
+        return StoreKey(tenant=tenant, namespace=stretch.namespace, shape=self._shape)
+
     @asynccontextmanager
     async def _leased(self, tenant: TenantId, stretch: Stretch, known: int, owner: str) -> AsyncIterator[Held]:
         """Lease what is stored of a stretch after its first `known` blocks."""
-        key = StoreKey(tenant=tenant, namespace=stretch.namespace, shape=self._shape)
+        key = self._key(tenant, stretch)
         hashes = [name.hash for name in stretch.keys]
         leases = [await self._store.lookup(key, hashes, owner=owner, ttl_s=2 * self._timeout_s)]
         try:
@@ -149,11 +159,27 @@ class Transfers:
         finally:
             await self.release(leases)
 
-    async def _load(self, held: Held, blocks: Sequence[int]) -> int:
-        if not held.hashes:
+    async def _load(self, held: Held, blocks: Sequence[int], ready: Ready | None = None) -> int:
+        if not held.hashes or not blocks:
             return 0
         with self._views(blocks) as views:
-            return await self._store.load(held, views)
+            if ready is None:
+                return await self._store.load(held, views)
+            return await self._store.load(held, views, ready=ready)
+
+    async def _load_layers(
+        self, key: StoreKey, held: Held, blocks: Sequence[int], tail: Sequence[BlockHash], on_layers: OnLayers
+    ) -> int:
+        """Load the unfinished block, if there is one, then the others layer by layer; return the leading good ones."""
+        full, count = len(blocks) - len(tail), len(blocks) - len(tail)
+        if tail:
+            last = await self._store.lookup(key, tail, owner=TAIL_READER, ttl_s=2 * self._timeout_s)
+            try:
+                count += await self._load(last, blocks[full:])
+            finally:
+                await self.release((last,))
+        good = await self._load(held, blocks[:full], lambda layers: on_layers(count, layers))
+        return count if good == full else good
 
     @contextmanager
     def _views(self, blocks: Sequence[int]) -> Iterator[list[memoryview]]:
@@ -171,3 +197,8 @@ class Transfers:
                 yield
         except TimeoutError as error:
             raise DeadlineExceeded("the store did not take the blocks in time") from error
+
+
+def _behind(on_layers: OnLayers, before: int, blocks: int, layers: int) -> None:
+    """Say how far a stretch has come, counted with the blocks before it."""
+    on_layers(before + blocks, layers)

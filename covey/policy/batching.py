@@ -10,7 +10,7 @@ from covey.errors import Overloaded
 
 from .batch_limits import BatchLimits
 from .chunk import Chunk
-from .cutting import Cutting, chunk_of
+from .cutting import Cutting, chunk_of, follow_load
 from .ledger import Demand, Entry, Ledger
 from .order import Order
 from .pace import Pace
@@ -81,9 +81,29 @@ class Batcher:
             admitted.append(entry.seq)
         return tuple(admitted)
 
-    def start(self, seq: int, *, computed: int, known: int) -> None:
-        """Let an admitted sequence run: `computed` of its `known` tokens are in its blocks."""
-        self._ledger.start(seq, computed=computed, known=known)
+    def start(self, seq: int, *, computed: int, known: int, layers: int | None = None) -> None:
+        """Let an admitted sequence run: `computed` of its `known` tokens are in its blocks.
+
+        With `layers`, only those leading layers of them are, and it runs no further until `advance` or `settle`.
+        """
+        self._ledger.start(seq, computed=computed, known=known, layers=layers)
+
+    def advance(self, seq: int, layers: int) -> None:
+        """More leading layers of a running sequence are loaded; it is drawn from only after `settle`."""
+        self._ledger.running[seq].layers = layers
+
+    def settle(self, seq: int, *, computed: int) -> None:
+        """The loading of a running sequence has ended, and `computed` of its tokens are there in all layers.
+
+        When those are fewer than it started with, what it has done since is void. Not while a step runs it.
+        """
+        self._ledger.settle(seq, computed=computed)
+
+    def is_waiting_for_layers(self, seq: int) -> bool:
+        """Whether a running sequence has done all that the layers loaded so far allow."""
+        entry = self._ledger.running[seq]
+        done = entry.suspended.first_layer if entry.suspended is not None else 0
+        return entry.layers is not None and done >= entry.layers
 
     def computed(self, seq: int) -> int:
         """Leading tokens of a running sequence whose keys and values are in its blocks."""
@@ -109,7 +129,8 @@ class Batcher:
         head = next(iter(self._order.line(self._ledger.line(), 1, now)))
         if self.running < self.limits.max_running and head.seq != self._blocked:
             return ()
-        candidates = [e for e in self._ledger.running.values() if e.preemptions < self.limits.preemptions_max]
+        settled = [e for e in self._ledger.running.values() if e.layers is None]
+        candidates = [e for e in settled if e.preemptions < self.limits.preemptions_max]
         loser = self._order.makes_way(head, candidates, now)
         if loser is None:
             return ()
@@ -120,11 +141,12 @@ class Batcher:
         """The running sequence to swap out when blocks run out: the lowest priority, then the latest arrival.
 
         Who stands still goes first, and who was preempted often goes last. The oldest of the highest priority is never
-        chosen while there is another one, so that somebody always gets to the end. None when only `spare` ones run.
+        chosen while there is another one, so that somebody always gets to the end. None when only `spare` ones run, or
+        such as are still being loaded.
         """
         running = self._ledger.running
         protected = max(running.values(), key=_importance, default=None)
-        candidates = [e for e in running.values() if e.seq not in spare]
+        candidates = [e for e in running.values() if e.seq not in spare and e.layers is None]
         others = [e for e in candidates if e is not protected] or candidates
         return min(others, key=self._resistance).seq if others else None
 
@@ -139,7 +161,8 @@ class Batcher:
 
         `drafts` says how many guesses are offered for sequences that decode; as many as fit are taken.
         """
-        active = [entry for entry in self._ledger.running.values() if not entry.is_paused]
+        unpaused = [entry for entry in self._ledger.running.values() if not entry.is_paused]
+        active = [entry for entry in unpaused if entry.layers is None]
         ready = [entry for entry in active if entry.is_prefilling]
         decodes = [chunk_of(entry, 1) for entry in active if not entry.is_prefilling]
         if drafts:
@@ -147,7 +170,11 @@ class Batcher:
         decoding = sum(chunk.tokens for chunk in decodes)
         prefills = self._cutting.prefill(ready, decoding, now)
         self._in_step = tuple(self._ledger.running[chunk.seq] for chunk in prefills)
-        return (*decodes, *prefills)
+        if len(active) == len(unpaused):
+            return (*decodes, *prefills)
+        budget = self.limits.prefill_budget(self._pace, decoding) - sum(chunk.count for chunk in prefills)
+        loading = [entry for entry in unpaused if entry.layers is not None]
+        return (*decodes, *prefills, *follow_load(loading, budget, prefills))
 
     def wakes_at(self) -> float | None:
         """When to plan again though nothing happens: a prefill is held back until then. None: nothing is."""
@@ -164,7 +191,8 @@ class Batcher:
         """
         if not self._in_step:
             return False
-        others = [e for e in self._ledger.running.values() if e.is_prefilling and not e.is_paused]
+        running = self._ledger.running.values()
+        others = [e for e in running if e.is_prefilling and not e.is_paused and e.layers is None]
         if self.running < self.limits.max_running:
             others += (entry for entry in self._ledger.line() if entry.seq != self._blocked)
         return self._order.outranks(others, self._in_step, now)

@@ -50,6 +50,26 @@ def cut(entries: Iterable[Entry], budget: int) -> list[Chunk]:
     return chunks
 
 
+def follow_load(loading: Iterable[Entry], budget: int, taken: Sequence[Chunk]) -> list[Chunk]:
+    """Chunks through the layers that are loaded already, for sequences whose others are still on their way.
+
+    `taken` are the step's other prompt chunks: all that run through some layers only must share one range. The first
+    sequence with something to do sets it; the others join when they stand where it does and have the same layers.
+    """
+    if any(chunk.first_layer or chunk.last_layer is not None for chunk in taken):
+        return []
+    found: list[Chunk] = []
+    for entry in loading:
+        chunk = entry.suspended or chunk_of(entry, max(1, min(entry.left, budget)))
+        layers = entry.layers or 0
+        first, last = (found[0].first_layer, found[0].last_layer or 0) if found else (chunk.first_layer, layers)
+        fits = chunk.count <= max(1, budget) or not (found or taken)
+        if fits and chunk.first_layer == first < last <= layers:
+            found.append(replace(chunk, last_layer=last))
+            budget -= chunk.count
+    return found
+
+
 def chunk_of(entry: Entry, count: int) -> Chunk:
     """The next `count` tokens of a sequence."""
     return Chunk(seq=entry.seq, start=entry.computed, count=count, is_last=count == entry.left)

@@ -36,6 +36,8 @@ class Entry:
     """Tokens drawn here."""
     suspended: Chunk | None = None
     """A chunk that stopped between two layers; `first_layer` is where it goes on."""
+    layers: int | None = None
+    """Leading layers whose keys and values are there, while others are still being loaded; None: all are."""
     is_paused: bool = False
     preemptions: int = 0
 
@@ -102,18 +104,25 @@ class Ledger:
         place = self._returning if seq in self._returning else self._newcomers
         self._admitted[seq] = place.pop(seq)
 
-    def start(self, seq: int, *, computed: int, known: int) -> None:
-        """Let an admitted sequence run."""
+    def start(self, seq: int, *, computed: int, known: int, layers: int | None = None) -> None:
+        """Let an admitted sequence run, through `layers` layers at first."""
         assert 0 <= computed < known, "a token is left to compute, or none could be drawn"
         entry = self._running[seq] = self._admitted.pop(seq)
         self._ahead -= entry.known
-        entry.computed, entry.known = computed, known
+        entry.computed, entry.known, entry.layers = computed, known, layers
+
+    def settle(self, seq: int, *, computed: int) -> None:
+        """End the loading of a running sequence: `computed` of its tokens turned out to be there, in all layers."""
+        entry = self._running[seq]
+        entry.layers = None
+        if computed != entry.computed:
+            entry.computed, entry.suspended = computed, None
 
     def requeue(self, seq: int) -> None:
         """Move a running sequence back to the line, ahead of the newcomers; what it had computed is gone."""
         entry = self._returning[seq] = self._running.pop(seq)
         self._ahead += entry.known
-        entry.computed, entry.suspended, entry.is_paused = 0, None, False
+        entry.computed, entry.suspended, entry.layers, entry.is_paused = 0, None, None, False
         entry.preemptions += 1
 
     def remove(self, seq: int) -> None:
@@ -131,10 +140,12 @@ class Ledger:
         assert all(entry.seq == seq for place in self._places() for seq, entry in place.items())
         idle = [*self._returning.values(), *self._newcomers.values(), *self._admitted.values()]
         assert self._ahead == sum(entry.known for entry in idle)
-        assert all(entry.suspended is None and not entry.is_paused for entry in idle)
+        assert all(entry.suspended is None and entry.layers is None and not entry.is_paused for entry in idle)
         for entry in self._running.values():
             assert 0 <= entry.computed < entry.known, "a running sequence has a token to compute"
             chunk = entry.suspended
+            if chunk is not None and entry.layers is not None:
+                assert chunk.first_layer <= entry.layers, "it ran ahead of what is loaded"
             assert chunk is None or (chunk.start == entry.computed and chunk.count <= entry.left and not chunk.draft)
 
     def _places(self) -> tuple[dict[int, Entry], ...]:

@@ -172,6 +172,7 @@ def _longest(outcomes: tuple[Outcome, ...]) -> Timings:
         transfer_s=max(t.transfer_s for t in times),
         prefill_s=max(t.prefill_s for t in times),
         decode_s=max(t.decode_s for t in times),
+        kv_wait_s=max(t.kv_wait_s for t in times),
     )
 
 

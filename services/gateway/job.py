@@ -74,4 +74,5 @@ def add_timings(a: Timings, b: Timings) -> Timings:
         transfer_s=a.transfer_s + b.transfer_s,
         prefill_s=a.prefill_s + b.prefill_s,
         decode_s=a.decode_s + b.decode_s,
+        kv_wait_s=a.kv_wait_s + b.kv_wait_s,
     )

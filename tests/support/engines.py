@@ -31,7 +31,7 @@ from covey.types.generate import (
 )
 from covey.types.ids import BlockHash, NamespaceId, RequestId, TenantId, WorkerId
 from covey.types.kv import BlockKey, BlockShape, LookupReply, LookupRequest, QuarantineRequest, StoreStats
-from covey.types.store import Held, StoreKey
+from covey.types.store import Held, Ready, StoreKey
 
 TENANT = TenantId("t")
 SCOPE = KvScope(namespace=NamespaceId(b"n" * 16), chain_root=b"root")
@@ -142,9 +142,9 @@ class Shelf:
         await self._pass()
         return await self._store.lookup(key, () if self.forgets else hashes, owner=owner, ttl_s=ttl_s)
 
-    async def load(self, held: Held, into: Sequence[memoryview]) -> int:
+    async def load(self, held: Held, into: Sequence[memoryview], *, ready: Ready | None = None) -> int:
         await self._pass()
-        return await self._store.load(held, into)
+        return await self._store.load(held, into, ready=ready)
 
     async def store(
         self,

@@ -141,6 +141,7 @@ def covey_json(end: Completed, request_id: str) -> Json:
         "lookup": times.lookup_s,
         "prefill": times.prefill_s,
         "transfer": times.transfer_s,
+        "kv_wait": times.kv_wait_s,
         "decode": times.decode_s,
     }
     return {

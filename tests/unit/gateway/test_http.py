@@ -48,7 +48,7 @@ async def test_a_chat_answer_has_openais_shape_and_coveys_account() -> None:
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + 12
     assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
     account = body["covey"]
-    assert set(account["timings_ms"]) == {"queue", "lookup", "prefill", "transfer", "decode"}
+    assert set(account["timings_ms"]) == {"queue", "lookup", "prefill", "transfer", "kv_wait", "decode"}
     assert account["timings_ms"]["prefill"] == 250
     assert {k: account[k] for k in ("cache", "split", "blocks_moved", "migrations", "request_id")} == {
         "cache": "off",
