@@ -1,6 +1,6 @@
 """Holds every system to the vector instructions of an older processor, as far as software can be told to.
 
-So a machine with AVX-512 says how systems stand to each other on one without. Its clock, caches and memory stay its own.
+So a machine with AVX-512 says how systems stand to one another on one without. Its clock and caches stay its own.
 """
 
 from __future__ import annotations
