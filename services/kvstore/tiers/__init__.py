@@ -1,0 +1,1 @@
+"""Where blocks lie below memory: a disk of this node's own, and an engine that a fleet shares."""
