@@ -14,6 +14,7 @@ from covey.codec.methods import KvStore
 from covey.errors import CoveyError, Fenced, InvalidArgument, LeaseExpired, Miss, Pending, Unavailable
 from covey.net.kv.held import NothingHeld, StoreHeld, enter
 from covey.net.kv.node import ChannelSource, Node, StoreNode
+from covey.net.kv.partial import Partial
 from covey.net.kv.reading import Reading
 from covey.net.kv.ring import Ring, RingSettings, no_ring
 from covey.net.kv.shared import SharedMemory
@@ -117,19 +118,19 @@ class KvClient:
         held.check()
         if len(held.locations) < len(held.hashes):  # a writer's lease or a pin says what it covers, not where
             return await self._load_anew(held, into, ready)
-        shape = held.key.shape
-        count = min(len(held.locations), len(into))
-        buffers = [_flat(view, shape.size_bytes, f"into[{i}]") for i, view in enumerate(into[:count])]
-        reading = Reading(buffers, shape, ready)
+        size_bytes, count = held.key.shape.size_bytes, min(len(held.locations), len(into))
+        buffers = [_flat(view, size_bytes, f"into[{i}]") for i, view in enumerate(into[:count])]
+        partial = Partial(held, buffers, ready)
+        expired: LeaseExpired | None = None
         try:
-            transport = await self._transport(held)
-        except CoveyError:
-            return 0
-        await transport.load(held, reading)
-        if reading.fault:
-            await held.confirm()  # a store that started anew has other blocks where these were
-            await self._quarantine(held, held.hashes[reading.good], reading.fault)
-        return reading.good
+            await self._load_from(held, partial)
+        except LeaseExpired as error:
+            expired = error
+        if not partial.is_whole:
+            await self._load_elsewhere(held, partial)
+        if expired is not None and not partial.is_whole:
+            raise expired
+        return partial.good
 
     async def store(
         self, key: StoreKey, blocks: Sequence[BlockKey], data: Sequence[memoryview], *, owner: str, ttl_s: float,
@@ -215,6 +216,42 @@ class KvClient:
             return await self.load(reader, into, ready=ready)
         finally:
             await reader.release()
+
+    async def _load_from(self, held: StoreHeld, partial: Partial) -> None:
+        """Read what is missing, as far as this lease covers it. Raises `LeaseExpired`."""
+        buffers = partial.buffers(len(held.hashes))
+        reading = Reading(buffers, held.key.shape, partial.ready(len(buffers)))
+        try:
+            transport = await self._transport(held)
+        except CoveyError:
+            return
+        await transport.load(held, reading)
+        if reading.fault:
+            await held.confirm()  # a store that started anew has other blocks where these were
+            await self._quarantine(held, held.hashes[reading.good], reading.fault)
+        partial.add(buffers, reading.good)
+
+    async def _load_elsewhere(self, held: StoreHeld, partial: Partial) -> None:
+        """Go on from the first missing block at the other nodes that may hold the chain."""
+        root = self._ring.root(held.key.namespace, held.hashes[0])
+        for node in self._ring.readers(held.key.namespace, root):
+            if partial.is_whole:
+                return
+            if node.where.worker == held.node.where.worker:
+                continue
+            try:
+                other = await self._lookup_at(node, held.key, partial.hashes, LOADER, held.grant.ttl_s)
+            except Unavailable:
+                self._ring.unsettle()
+                continue
+            if other is None:
+                continue
+            try:
+                await self._load_from(other, partial)
+            except LeaseExpired:
+                continue
+            finally:
+                await other.release()
 
     async def _lookup_at(
         self, node: Node, key: StoreKey, hashes: tuple[BlockHash, ...], owner: str, ttl_s: float
