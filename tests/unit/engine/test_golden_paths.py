@@ -20,6 +20,7 @@ from covey.model.tokenizer import Tokenizer, open_tokenizer
 from covey.policy.batch_limits import BatchLimits
 from covey.policy.speculation import SpeculationLimits
 from covey.types.generate import GenerateRequest, Handover, Role
+from tests.support.bursts import Bursts
 from tests.support.engines import Shelf, assert_idle, collect, is_whole, plain, request_of, running_engine
 from tests.support.families import FAMILIES, write_reference
 from tests.support.teacher import Teacher
@@ -180,8 +181,16 @@ async def cached(model: Model) -> Answers:
     return answers
 
 
-async def split(model: Model) -> Answers:
-    shelf, answers = Shelf(), {}
+async def streamed(model: Model) -> Answers:
+    """As split, with layers that come late and in bursts, and loads that break off."""
+    store = Bursts(7, layers=N_LAYERS, damage=0.3)
+    answers = await split(model, store)
+    assert store.loads > store.broken > 0
+    return answers
+
+
+async def split(model: Model, store: Shelf | None = None) -> Answers:
+    shelf, answers = store or Shelf(), {}
     async with (
         model.engine(Spy(model.roomy), CHUNKED, role=Role.PREFILL, store=shelf, name="p") as prefill,
         model.engine(Spy(model.other), CHUNKED, store=shelf, name="d") as decode,
@@ -190,7 +199,7 @@ async def split(model: Model) -> Answers:
             first = await collect(prefill, request)
             assert isinstance(first.last, Handover)
             rest = await collect(decode, plain(request, ticket=first.last.ticket))
-            assert rest.last.usage.loaded_tokens > 0 or len(request.token_ids) < 8
+            assert store is not None or rest.last.usage.loaded_tokens > 0 or len(request.token_ids) < 8
             answers[str(request.request_id)] = first.ids + rest.ids
             await prefill.cancel(request.request_id)
     return answers
@@ -214,6 +223,7 @@ PATHS: tuple[Callable[[Model], Awaitable[Answers]], ...] = (
     dropped,
     cached,
     split,
+    streamed,
     speculated,
 )
 
