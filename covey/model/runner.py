@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from .sampling import sample
 from .share import CoreShare
 from .source import ModelSource
 from .weights import Weights
+
+L = TypeVar("L", bound=Layers)
 
 SCORE_CHUNK = 256
 """Tokens of a text that `score` runs at once."""
@@ -73,22 +76,29 @@ class TorchRunner:
         """See `plan.Runner.drop`."""
         self._open()[1].drop(seq)
 
-    def score(self, tokens: Sequence[int]) -> NDArray[np.float64]:
+    def score(self, tokens: Sequence[int], *, known: int = 0) -> NDArray[np.float64]:
         """The log probability of each token but the first, given those before it; overwrites the pool's first blocks.
 
-        For measurements, on a runner that serves nobody.
+        The first `known` tokens are not run: their keys and values are in those blocks. Of the others, the first one's
+        probability is not known either. For measurements, on a runner that serves nobody.
         """
         pool, decoder = self._open()
         blocks = tuple(range(-(-len(tokens) // pool.geometry.block_size)))
         found = []
         with torch.inference_mode():
-            for start in range(0, len(tokens) - 1, SCORE_CHUNK):
+            for start in range(known, len(tokens) - 1, SCORE_CHUNK):
                 piece = tuple(tokens[start : start + SCORE_CHUNK])
                 hidden = decoder.run([Row(seq=0, tokens=piece, start=start, blocks=blocks)], None).hidden
                 following = torch.tensor(tokens[start + 1 : start + 1 + SCORE_CHUNK])
                 log_p = torch.log_softmax(decoder.layers.head(hidden)[: len(following)].double(), dim=-1)
                 found.append(log_p.gather(1, following[:, None])[:, 0])
         return torch.cat(found).numpy()
+
+    def wrap_layers(self, around: Callable[[Layers], L]) -> L:
+        """Put something around what computes, for measurements; returns it."""
+        decoder = self._open()[1]
+        decoder.layers = wrapped = around(decoder.layers)
+        return wrapped
 
     def block_view(self, block_id: int) -> memoryview:
         """See `plan.Runner.block_view`. Raises IndexError for a block outside the pool."""
