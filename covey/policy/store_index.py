@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -118,7 +118,7 @@ class StoreIndex:
     def lookup(self, request: LookupRequest, now: float) -> LookupReply:
         """Lease the longest visible prefix of the hashes. Raises `LayoutMismatch` and `Overloaded`."""
         self.expire(now)
-        found = self._shelf.prefix(request.namespace, request.hashes, request.shape)
+        found = _readable(self._shelf.prefix(request.namespace, request.hashes, request.shape), request.codecs)
         self._hits += len(found)
         self._misses += len(request.hashes) - len(found)
         if not found:
@@ -431,6 +431,14 @@ class StoreIndex:
     def _retry_after_ms(self, now: float) -> int | None:
         due = self.next_due()
         return None if due is None else max(1, round((due - now) * 1000))
+
+
+def _readable(blocks: list[Block], codecs: Collection[BlockCodec]) -> list[Block]:
+    """The prefix that a reader takes who takes these lossy codecs."""
+    for i, block in enumerate(blocks):
+        if block.codec is not BlockCodec.RAW and block.codec not in codecs:
+            return blocks[:i]
+    return blocks
 
 
 def _location(block: Block) -> BlockLocation:
