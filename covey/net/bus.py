@@ -83,7 +83,10 @@ class Bucket(Protocol):
         ...
 
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[KvChange]]:
-        """Follow the bucket from its present content on; ends when the connection or the bucket is lost."""
+        """Follow the bucket from its present content on; ends when the connection or the bucket is lost.
+
+        A value that was refused for its `revision` may be heard too: where such are put, read the key.
+        """
         ...
 
 

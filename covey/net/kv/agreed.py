@@ -12,7 +12,7 @@ import anyio
 from covey.clock import Clock
 from covey.codec import decode, encode
 from covey.errors import CoveyError, Fenced, InvalidArgument, Unavailable
-from covey.net.bus import Bucket, Bus, Change, KvChange
+from covey.net.bus import Bucket, Bus, KvChange
 from covey.net.tasks import background_tasks
 from covey.policy.ring import is_newer
 from covey.types.ids import WorkerId
@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 class AgreedRing:
     """The newest ring that this process has heard of. While NATS is away it stays as it was.
 
-    The bucket is in memory: when NATS comes back empty, those that keep the ring publish it again.
+    The bucket is in memory: when NATS comes back empty, everybody who knows the ring publishes it again, clients
+    too, so that its versions go on even if all nodes started anew meanwhile.
     """
 
-    def __init__(self, bucket: Bucket, bus: Bus, *, clock: Clock, keeps: bool) -> None:
+    def __init__(self, bucket: Bucket, bus: Bus, *, clock: Clock) -> None:
         self.current: RingVersion | None = None
         self.adopted_at = clock.now()
         self.rejected = 0
@@ -41,15 +42,14 @@ class AgreedRing:
         self._bucket = bucket
         self._bus = bus
         self._clock = clock
-        self._keeps = keeps
         self._changed = anyio.Event()
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, bus: Bus, *, clock: Clock, keeps: bool = False) -> AsyncIterator[Self]:
-        """Follow the ring for a block; `keeps`: publish it again when it is lost. Raises `Unavailable` at the start."""
+    async def open(cls, bus: Bus, *, clock: Clock) -> AsyncIterator[Self]:
+        """Follow the ring for a block. Raises `Unavailable` when NATS is not there at the start."""
         bucket = await bus.kv(BUCKET, storage="memory")
-        ring = cls(bucket, bus, clock=clock, keeps=keeps)
+        ring = cls(bucket, bus, clock=clock)
         async with bucket.watch() as changes:
             await ring.refresh()
             async with background_tasks() as tg:
@@ -95,23 +95,13 @@ class AgreedRing:
         except TimeoutError as error:
             raise Unavailable("NATS does not answer for the ring", retry_after_ms=1000) from error
 
-    def apply(self, change: KvChange) -> None:
-        """Take a change of the bucket in; what is malformed or old is dropped."""
-        if change.key != KEY or change.change is not Change.PUT:
-            return
-        version = self._read(change)
-        if version is None:
-            self.rejected += 1
-        elif is_newer(version, self.current):
-            self._adopt(version)
-
     async def _refresh(self) -> int:
         found = await self._bucket.get(KEY)
-        if found is not None:
-            self.apply(found)
         stored = self._read(found) if found is not None else None
+        if stored is not None and is_newer(stored, self.current):
+            self._adopt(stored)
         revision = found.revision if found is not None else 0
-        if self._keeps and self.current is not None and is_newer(self.current, stored):
+        if self.current is not None and is_newer(self.current, stored):
             return await self._bucket.put(KEY, encode(self.current), revision=revision)
         return revision
 
@@ -119,6 +109,7 @@ class AgreedRing:
         try:
             version: RingVersion = decode(RingVersion, change.value)
         except InvalidArgument:
+            self.rejected += 1
             return None
         return version
 
@@ -129,15 +120,19 @@ class AgreedRing:
         self._changed = anyio.Event()
 
     async def _follow(self, changes: AsyncIterator[KvChange]) -> None:
-        async for change in changes:
-            self.apply(change)
+        """A watch hears refused values too: each one only says that it is time to read."""
+        async for _ in changes:
+            await self._try_refresh()
 
     async def _refresh_often(self) -> None:
         while True:
             await anyio.sleep(REFRESH_S)
             if not self._bus.connected:
                 await self._bus.until_connected()
-            try:
-                await self.refresh()
-            except CoveyError as error:
-                log.info("ring not read: %s", error)
+            await self._try_refresh()
+
+    async def _try_refresh(self) -> None:
+        try:
+            await self.refresh()
+        except CoveyError as error:
+            log.info("ring not read: %s", error)
