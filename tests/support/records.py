@@ -12,10 +12,11 @@ from covey.types.ids import BlockHash, NamespaceId, TenantId
 from covey.types.kv import BlockCodec, BlockShape
 
 SHAPE = BlockShape(size_bytes=3 * 4_000, layers=3)
+ROOT = BlockHash(b"")
 
 
 def record(
-    namespace: NamespaceId, name: BlockHash, parent: BlockHash = BlockHash(b""), *, shape: BlockShape = SHAPE,
+    namespace: NamespaceId, name: BlockHash, parent: BlockHash = ROOT, *, shape: BlockShape = SHAPE,
     tenant: str = "t", codec: BlockCodec = BlockCodec.RAW,
 ) -> Record:  # fmt: skip
     payload = os.urandom(shape.size_bytes)
@@ -33,7 +34,7 @@ def new_namespace() -> NamespaceId:
 
 
 def new_chain(
-    count: int, namespace: NamespaceId, *, parent: BlockHash = BlockHash(b""), shape: BlockShape = SHAPE,
+    count: int, namespace: NamespaceId, *, parent: BlockHash = ROOT, shape: BlockShape = SHAPE,
     tenant: str = "t",
 ) -> list[Record]:  # fmt: skip
     """Blocks that grow from each other."""
