@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from random import Random
 
-import anyio
-from anyio import to_thread
-
 from covey.clock import Clock
-from covey.errors import CoveyError, InvalidArgument, NotFound
-from covey.policy.reuse import CategoryPolicy, ReuseDecision, ReuseMode, ReusePolicy, ReuseView
+from covey.errors import CoveyError, InvalidArgument, NoSpace, NotFound
+from covey.policy.reuse import Candidate, CategoryPolicy, ReuseDecision, ReuseMode, ReusePolicy, ReuseView
 from covey.types.generate import FinishReason
 from covey.types.program import CacheOutcome
 from covey.types.semcache import (
@@ -30,10 +26,10 @@ from covey.types.semcache import (
 
 from .classifier import Classifier
 from .encoder import Embedder
-from .entry import Entry, Partition, Scope, Shelf, pack_ids, size_of
+from .entry import LABEL_BITS, Document, Partition, Scope, Shelf, pack_ids, size_of
+from .library import Filing, Library
 from .metrics import CacheMetrics
-from .store import Store
-from .vectors import Neighbour, VectorIndex, Vectors
+from .vectors import Vectors
 
 REUSABLE = (FinishReason.STOP, FinishReason.LENGTH)
 """How an answer must have ended to be kept: not in tool calls, whose results change, and not cut off."""
@@ -54,7 +50,7 @@ class Finding:
 
     category: str
     decision: ReuseDecision
-    entry: Entry | None
+    document: Document | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +66,13 @@ class AnswerCache:
     """Answers look-ups and takes offers; owned by the event loop, all state changes happen between awaits.
 
     A semantic look-up searches only the shelf of equal tenant, model, category and context key, so no neighbour
-    of another partition can hide one of this one. Encoding and hnswlib run in threads.
+    of another partition can hide one of this one. Encoding and the disk run in threads; an index is searched here, in
+    about 0.2 ms.
     """
 
     def __init__(
         self,
-        store: Store,
+        library: Library,
         policy: ReusePolicy,
         embedder: Embedder,
         *,
@@ -86,7 +83,8 @@ class AnswerCache:
         rng: Random,
     ) -> None:
         """`classifies`: whether unnamed requests are to be classified, by what `learn` will be given."""
-        self._store = store
+        self._library = library
+        self._store = library.store
         self._policy = policy
         self._embedder = embedder
         self._classifies = classifies
@@ -95,8 +93,6 @@ class AnswerCache:
         self._metrics = metrics
         self._clock = clock
         self._rng = rng
-        self._labels = count()
-        self._searching = anyio.CapacityLimiter(1)
         self._served: dict[CacheOutcome, int] = dict.fromkeys(CacheOutcome, 0)
 
     def learn(self, examples: Mapping[str, list[Vectors]], *, floor: float) -> None:
@@ -114,14 +110,14 @@ class AnswerCache:
         outcome = finding.decision.outcome
         self._served[outcome] += 1
         self._metrics.lookup(outcome, finding.category, now - began)
-        if finding.entry is None:
+        if finding.document is None:
             return CacheReply(outcome=outcome, category=finding.category, similarity=finding.decision.similarity)
-        self._store.touch(finding.entry)
+        self._store.touch(finding.document.label, now)
         return CacheReply(
             outcome=outcome,
             category=finding.category,
             similarity=finding.decision.similarity,
-            answer=finding.entry.replay(now),
+            answer=finding.document.replay(now),
         )
 
     async def explain(self, query: CacheQuery, *, timeout_s: float) -> CacheExplanation:
@@ -141,7 +137,7 @@ class AnswerCache:
     async def offer(self, offer: CacheOffer, *, timeout_s: float) -> OfferReply:
         """Keep an answer if its category's policy wants it; raises `InvalidArgument`."""
         _check(offer.query)
-        token_ids = pack_ids(offer)
+        token_ids = pack_ids(offer.ids)
         placed = await self._place(offer.query, timeout_s)
         policy = self._policy.category(placed.category)
         vector = placed.vector if policy.mode is ReuseMode.SEMANTIC else None
@@ -151,9 +147,8 @@ class AnswerCache:
         if why:
             return OfferReply(stored=False, why=why)
         now = self._clock.now()
-        entry = Entry(
-            id=f"{self._rng.getrandbits(128):032x}",
-            label=next(self._labels),
+        document = Document(
+            label=self._rng.getrandbits(LABEL_BITS),
             shelf=Shelf(_partition(offer.query, policy.name), offer.query.context_key),
             asked_category=offer.query.category,
             exact_key=offer.query.exact_key,
@@ -166,28 +161,40 @@ class AnswerCache:
             stored_at=now,
             expires_at=now + policy.ttl_s,
             size_bytes=size_bytes,
+            tags=offer.tags,
+            vector=vector.astype("<f4").tobytes() if vector is not None else b"",
+            encoder=self._library.encoder if vector is not None else "",
         )
-        evicted = self._store.add(entry, vector, quota_entries=policy.quota_entries)
-        self._metrics.removed(evicted, "evicted")
-        return OfferReply(stored=True, entry=entry.id)
+        try:
+            filed = await self._library.put(
+                [Filing(document=document, vector=vector, quota_entries=policy.quota_entries)]
+            )
+        except NoSpace as error:
+            return OfferReply(stored=False, why=error.message)
+        except ValueError as error:
+            return OfferReply(stored=False, why=f"the text cannot be indexed: {error}")
+        (gone,) = filed
+        if gone is None:
+            return OfferReply(stored=False, why="the tenant's entries were invalidated meanwhile")
+        self._metrics.removed(len(gone), "evicted")
+        return OfferReply(stored=True, entry=document.id)
 
-    def feedback(self, request: FeedbackRequest) -> None:
+    async def feedback(self, request: FeedbackRequest) -> None:
         """Take a verdict on a served answer: a wrong or stale one goes at once. Raises `NotFound`."""
         entry = self._store.get(request.tenant, request.entry)
         if entry is None:
             raise NotFound("there is no such entry (any more)", field="entry")
         if request.verdict is not Verdict.RIGHT:
-            self._store.remove(entry)
+            await self._library.remove((entry.label,))
             self._metrics.removed(1, request.verdict.value.lower())
 
-    def invalidate(self, request: InvalidateRequest) -> InvalidateReply:
+    async def invalidate(self, request: InvalidateRequest) -> InvalidateReply:
         """Remove a tenant's entries, all or those that match every field that is set."""
         if not request.tenant:
             raise InvalidArgument("name the tenant whose entries are to go", field="tenant")
         matching = self._store.matching(request.tenant, model=request.model, category=request.category)
         doomed = [entry for entry in matching if request.entry in ("", entry.id)]
-        for entry in doomed:
-            self._store.remove(entry)
+        await self._library.remove([entry.label for entry in doomed])
         if not (request.model or request.category or request.entry):
             self._embedder.forget(request.tenant)
         self._metrics.removed(len(doomed), "invalidated")
@@ -207,7 +214,7 @@ class AnswerCache:
     async def _find(self, query: CacheQuery, timeout_s: float) -> Finding:
         _check(query)
         named = self._policy.category(query.category)
-        exact = self._store.exact(_scope(query), query.category, query.exact_key) if query.exact_key else None
+        exact = await self._equal(query) if query.exact_key else None
         view = ReuseView(
             category=exact.shelf.partition.category if exact is not None else named.name,
             text=query.text,
@@ -217,7 +224,7 @@ class AnswerCache:
         )
         decision = self._policy.choose(view, self._clock.now())
         if decision.serves:
-            return Finding(category=view.category, decision=decision, entry=exact)
+            return Finding(category=view.category, decision=decision, document=exact)
         placed = await self._place(query, timeout_s)
         policy = self._policy.category(placed.category)
         if policy.mode is not ReuseMode.SEMANTIC or placed.vector is None:
@@ -225,31 +232,38 @@ class AnswerCache:
                 decision = self._policy.choose(ReuseView(category=policy.name), self._clock.now())
             elif placed.why:
                 decision = ReuseDecision(outcome=decision.outcome, why=f"{decision.why}; {placed.why}")
-            return Finding(category=policy.name, decision=decision, entry=None)
+            return Finding(category=policy.name, decision=decision, document=None)
         return await self._find_similar(query, policy, placed.vector)
 
     async def _find_similar(self, query: CacheQuery, policy: CategoryPolicy, vector: Vectors) -> Finding:
-        index = self._store.shelf(Shelf(_partition(query, policy.name), query.context_key))
-        neighbours = await self._nearest(index, vector) if index is not None else []
+        shelf = Shelf(_partition(query, policy.name), query.context_key)
+        found = await self._store.nearest(shelf, vector, self._limits.neighbours)
+        documents = await self._library.fetch([held.label for held, similarity in found if similarity >= policy.tau])
+        nearest = tuple(
+            documents[held.label].candidate(similarity)
+            if held.label in documents
+            else Candidate(entry=held.id, text="", stored_at=held.stored_at, similarity=similarity)
+            for held, similarity in found
+            if similarity < policy.tau or held.label in documents
+        )
         view = ReuseView(
             category=policy.name,
             text=query.text,
             max_age_s=query.max_age_s,
-            nearest=self._store.candidates(neighbours),
+            nearest=nearest,
             searched_exact=bool(query.exact_key),
             searched_semantic=True,
         )
         decision = self._policy.choose(view, self._clock.now())
-        entry = self._store.get(query.tenant, decision.entry) if decision.serves else None
-        return Finding(category=policy.name, decision=decision, entry=entry)
+        served = next((d for d in documents.values() if decision.serves and d.id == decision.entry), None)
+        return Finding(category=policy.name, decision=decision, document=served)
 
-    async def _nearest(self, index: VectorIndex, vector: Vectors) -> list[Neighbour]:
-        k = self._limits.neighbours
-        generation, dead = index.generation, index.dead
-        found = index.search_tail(vector, k)
-        if generation is not None:
-            found += await to_thread.run_sync(generation.search, vector, k, dead, limiter=self._searching)
-        return sorted(found, key=lambda neighbour: neighbour.similarity, reverse=True)[:k]
+    async def _equal(self, query: CacheQuery) -> Document | None:
+        """The document of an equal request, stale or not."""
+        scope = _scope(query)
+        held = self._store.exact(scope, query.category, query.exact_key)
+        document = (await self._library.fetch((held.label,))).get(held.label) if held is not None else None
+        return document if document is not None and document.answers(scope, query.category, query.exact_key) else None
 
     async def _place(self, query: CacheQuery, timeout_s: float) -> Placed:
         """Find the category and, if the semantic tier or the classifier needs it, the vector."""

@@ -49,7 +49,16 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     entries_max: int = 100_000
     size_bytes_max: int = 268_435_456
     entry_size_bytes_max: int = 1_048_576
-    exact_search_max: int = 1024
+    tenant_entries_max: int = 0
+    """The most entries of one tenant; 0 is no limit of its own."""
+    tenant_size_bytes_max: int = 0
+    documents: str = ""
+    """Where entries are kept: empty for a folder of this worker under `run_dir`, a folder, or `memory:` for nowhere."""
+    documents_bytes_max: int = 4_294_967_296
+    """The most that the documents may take on disk."""
+    recent_bytes_max: int = 67_108_864
+    """Documents kept in memory because they were just stored or served."""
+    exact_search_max: int = 4096
     """Vectors of one context that are compared one by one; above it an hnsw index is built in the background."""
     neighbours: int = 4
     classify_floor: float = 0.3
@@ -66,6 +75,8 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
             "entries_max",
             "size_bytes_max",
             "entry_size_bytes_max",
+            "documents_bytes_max",
+            "recent_bytes_max",
             "exact_search_max",
             "neighbours",
             "encode_s",
@@ -76,6 +87,8 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
                 raise ValueError(f"{field} must be over 0")
         if self.entry_size_bytes_max > self.size_bytes_max:
             raise ValueError("entry_size_bytes_max must not be over size_bytes_max")
+        if self.tenant_entries_max < 0 or self.tenant_size_bytes_max < 0:
+            raise ValueError("tenant_entries_max and tenant_size_bytes_max must not be negative")
         if not -1.0 <= self.classify_floor <= 1.0:
             raise ValueError("classify_floor must lie between -1 and 1")
         if any(len(category.examples) > EXAMPLES_MAX for category in self.categories.values()):

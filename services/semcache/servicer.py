@@ -63,11 +63,11 @@ class SemCacheServicer:
         return await self._cache.explain(request, timeout_s=call.remaining_s())
 
     async def feedback(self, request: FeedbackRequest, call: Call) -> Empty:
-        self._cache.feedback(request)
+        await self._cache.feedback(request)
         return Empty()
 
     async def invalidate(self, request: InvalidateRequest, call: Call) -> InvalidateReply:
-        return self._cache.invalidate(request)
+        return await self._cache.invalidate(request)
 
     async def stats(self, request: Empty, call: Call) -> CacheStats:
         return self._cache.stats()

@@ -1,217 +1,276 @@
-"""All entries in memory: tables by key, shelves of vectors, quotas, expiry and eviction."""
+"""Every entry as memory knows it: exact keys, shelves of vectors, quotas, expiry. Its documents lie elsewhere."""
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from random import Random
 
-from covey.policy.reuse import Candidate
+import anyio
+
 from covey.types.ids import TenantId
 
-from .entry import Entry, Partition, Scope, Shelf
-from .vectors import Neighbour, VectorIndex, Vectors
+from .entry import Document, Held, Partition, Scope, Shelf, hash_of, label_of
+from .graph import Graph, Segment, Slab
+from .quota import Ledger, Quota
+from .shelves import Place, Shelves
+from .table import Table
+from .vectors import Neighbour, Rebuild, VectorIndex, Vectors, merged
 
 SWEEP_MAX = 1000
 """Expired entries removed at a time, so that one sweep never holds up the event loop."""
-
-
-@dataclass(slots=True)
-class Tenancy:
-    """A tenant's entries, the longest unused first, and what they weigh."""
-
-    entries: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
-    size_bytes: int = 0
+SAME = 1.0 - 1e-5
+"""From this similarity on two vectors are one: equal ones spoil an hnsw graph."""
+SLICE_ROWS = 8192
+"""Rows compared before a look-up lets others pass: about 1 ms."""
+SLOT_BITS = 32
+LATEST = 2.0**40
+"""Later dates of expiry are all one."""
 
 
 class Store:
-    """Every entry of this process, bounded in number and bytes; owned by the event loop, never awaits.
+    """Every entry of this process, bounded in number and bytes; owned by the event loop, changed without awaiting."""
 
-    Memory only: a restart begins empty. When the store is full, the tenant that holds most gives up what it
-    has not used for longest, so one tenant cannot push another one's entries out by volume; a partition over its
-    quota gives up its own.
-    """
-
-    def __init__(self, *, entries_max: int, size_bytes_max: int, tail_max: int) -> None:
-        self._entries_max = entries_max
-        self._size_bytes_max = size_bytes_max
-        self._tail_max = tail_max
-        self._entries: dict[str, Entry] = {}
-        self._labels: dict[int, Entry] = {}
-        self._exact: dict[tuple[Scope, str, bytes], Entry] = {}
-        self._texts: dict[tuple[Shelf, str], Entry] = {}
-        self._shelves: dict[Shelf, VectorIndex] = {}
-        self._partitions: dict[Partition, OrderedDict[str, Entry]] = {}
-        self._tenants: dict[TenantId, Tenancy] = {}
-        self._expiry: list[tuple[float, str]] = []
-        self._size_bytes = 0
-        self._crowded: dict[Shelf, None] = {}
+    def __init__(
+        self,
+        *,
+        entries_max: int,
+        size_bytes_max: int,
+        tail_max: int,
+        tenant: Quota | None = None,
+        rng: Random | None = None,
+    ) -> None:
+        """`tail_max`: vectors of one shelf that are compared one by one. `tenant`: what each tenant may hold."""
+        self._table = Table()
+        self._shelves = Shelves(tail_max=tail_max)
+        whole = Quota(entries=entries_max, size_bytes=size_bytes_max)
+        self._ledger = Ledger(self._table, whole, tenant, rng or Random(0))  # noqa: S311 - samples, not secrets
+        self._slots: dict[int, int] = {}
+        self._exact: dict[int, int] = {}
+        self._expiry: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._slots)
+
+    def __contains__(self, label: int) -> bool:
+        return label in self._slots
 
     @property
     def size_bytes(self) -> int:
         """Bytes accounted to all entries."""
-        return self._size_bytes
+        return self._ledger.size_bytes
 
-    def get(self, tenant: TenantId, entry: str) -> Entry | None:
+    def get(self, tenant: TenantId, entry: str) -> Held | None:
         """Return a tenant's entry; another tenant's is as absent as one that never was."""
-        found = self._entries.get(entry)
-        return found if found is not None and found.scope.tenant == tenant else None
+        label = label_of(entry)
+        held = self.held(label) if label is not None else None
+        return held if held is not None and held.scope.tenant == tenant else None
 
-    def exact(self, scope: Scope, category: str, exact_key: bytes) -> Entry | None:
-        """Return the entry of an equal request, stale or not; `category` is what the request names."""
-        return self._exact.get((scope, category, exact_key))
+    def held(self, label: int) -> Held | None:
+        """Return the entry of a label, if it is still there."""
+        slot = self._slots.get(label)
+        return self._held(slot) if slot is not None else None
 
-    def shelf(self, shelf: Shelf) -> VectorIndex | None:
-        """Return the vectors of a shelf, if it has any."""
-        return self._shelves.get(shelf)
+    def exact(self, scope: Scope, category: str, exact_key: bytes) -> Held | None:
+        """Return what is probably the entry of an equal request, stale or not; its document decides (`answers`)."""
+        slot = self._exact.get(hash_of(scope, category, exact_key))
+        return self._held(slot) if slot is not None else None
 
-    def take_crowded(self) -> VectorIndex | None:
-        """Return the vectors of a shelf that needs a new generation, each once; None when there is none."""
-        while self._crowded:
-            index = self._shelves.get(self._crowded.popitem()[0])
-            if index is not None and index.crowded:
-                return index
-        return None
+    async def nearest(self, shelf: Shelf, vector: Vectors, k: int) -> list[tuple[Held, float]]:
+        """Return the `k` nearest entries of a shelf with their similarities, by falling similarity."""
+        place = self._shelves.find(shelf)
+        if place is None or place.index is None or k < 1:
+            return []
+        found: list[list[Neighbour]] = []
+        rows = 0
+        sizes = [len(place.index.rows), *(len(s) * isinstance(s, Slab) for s in place.index.segments)]
+        for part, size in zip(place.index.parts(vector, k), sizes, strict=False):
+            found.append(part)
+            rows += size
+            if rows > SLICE_ROWS:
+                rows = 0
+                await anyio.lowlevel.checkpoint()
+        alive = ((self.held(n.label), n.similarity) for n in merged(found, k))
+        return [(held, similarity) for held, similarity in alive if held is not None and held.shelf == shelf]
 
-    def candidates(self, neighbours: list[Neighbour]) -> tuple[Candidate, ...]:
-        """Turn labels into candidates; those that were removed since the search are left out."""
-        return tuple(self._labels[n.label].candidate(n.similarity) for n in neighbours if n.label in self._labels)
+    def add(
+        self, document: Document, vector: Vectors | None, *, quota_entries: int, quota_bytes: int = 0
+    ) -> tuple[int, ...]:
+        """Hold an entry in place of any that answers the same; return the labels of all that went for it.
 
-    def add(self, entry: Entry, vector: Vectors | None, *, quota_entries: int) -> int:
-        """Store an entry in place of any that answers the same; return how many others were evicted for it.
-
-        The entry must fit: at most `size_bytes_max`, and `quota_entries` at least 1.
+        The entry must fit: at most `size_bytes_max`, and `quota_entries` at least 1. Raises `ValueError` for a vector
+        that may not be indexed.
         """
-        for twin in self._twins(entry, vector is not None):
-            self.remove(twin)
-        if vector is not None:
-            self._shelve(entry, vector)
-        self._entries[entry.id] = entry
-        self._labels[entry.label] = entry
-        if entry.exact_key:
-            self._exact[self._exact_key(entry)] = entry
-        self._partitions.setdefault(entry.shelf.partition, OrderedDict())[entry.id] = entry
-        tenancy = self._tenants.setdefault(entry.scope.tenant, Tenancy())
-        tenancy.entries[entry.id] = entry
-        tenancy.size_bytes += entry.size_bytes
-        self._size_bytes += entry.size_bytes
-        heapq.heappush(self._expiry, (entry.expires_at, entry.id))
-        return self._evict(entry, quota_entries)
+        place = self._shelves.enter(document.shelf)
+        gone: list[int] = []
+        try:
+            if vector is not None:
+                gone.extend(self._index(place, document.label, vector))
+        except ValueError:
+            self._shelves.leave(place)
+            raise
+        twin = self._exact.get(document.exact_hash) if document.exact_key else None
+        if twin is not None:
+            gone.append(int(self._table.label[twin]))
+            self.remove(gone[-1])
+        slot = self._file(place, document, indexed=vector is not None)
+        quota = Quota(entries=quota_entries, size_bytes=quota_bytes)
+        while (worst := self._ledger.excess(slot, document.shelf.partition, quota)) is not None:
+            gone.append(int(self._table.label[worst]))
+            self.remove(gone[-1])
+        return tuple(gone)
 
-    def touch(self, entry: Entry) -> None:
+    def touch(self, label: int, now: float) -> None:
         """Note that an entry was used; its age does not change."""
-        if entry.id in self._entries:
-            self._partitions[entry.shelf.partition].move_to_end(entry.id)
-            self._tenants[entry.scope.tenant].entries.move_to_end(entry.id)
+        slot = self._slots.get(label)
+        if slot is not None:
+            self._ledger.use(slot, self._place(slot).shelf.partition, now)
 
-    def remove(self, entry: Entry) -> None:
-        """Remove an entry from every table."""
-        if self._entries.pop(entry.id, None) is None:
-            return
-        del self._labels[entry.label]
-        if self._exact.get(self._exact_key(entry)) is entry:
-            del self._exact[self._exact_key(entry)]
-        self._unshelve(entry)
-        members = self._partitions[entry.shelf.partition]
-        del members[entry.id]
-        if not members:
-            del self._partitions[entry.shelf.partition]
-        tenancy = self._tenants[entry.scope.tenant]
-        del tenancy.entries[entry.id]
-        tenancy.size_bytes -= entry.size_bytes
-        if not tenancy.entries:
-            del self._tenants[entry.scope.tenant]
-        self._size_bytes -= entry.size_bytes
+    def remove(self, label: int) -> bool:
+        """Remove an entry from every table; False when it is not here."""
+        slot = self._slots.pop(label, None)
+        if slot is None:
+            return False
+        table, place = self._table, self._place(slot)
+        exact = int(table.exact[slot])
+        if exact and self._exact.get(exact) == slot:
+            del self._exact[exact]
+        self._unindex(slot)
+        self._ledger.leave(slot, place.shelf.partition)
+        self._shelves.leave(place)
+        table.expires_at[slot] = math.inf
+        table.give(slot)
+        return True
 
-    def matching(self, tenant: TenantId, *, model: str = "", category: str = "") -> tuple[Entry, ...]:
-        """Return a tenant's entries; an empty `model` or `category` means all."""
-        tenancy = self._tenants.get(tenant)
-        return tuple(
-            entry
-            for entry in (tenancy.entries.values() if tenancy is not None else ())
-            if model in ("", entry.scope.model) and category in ("", entry.shelf.partition.category)
-        )
+    def matching(self, tenant: TenantId, *, model: str = "", category: str = "") -> Iterator[Held]:
+        """Yield a tenant's entries; an empty `model` or `category` means all."""
+        for partition, members in self._ledger.partitions(tenant).items():
+            if model in ("", partition.scope.model) and category in ("", partition.category):
+                yield from [self._held(slot) for slot in members.slots]
 
-    def sweep(self, now: float) -> int:
-        """Remove up to `SWEEP_MAX` entries whose time is over; return how many."""
-        removed = 0
-        while self._expiry and self._expiry[0][0] <= now and removed < SWEEP_MAX:
-            _, entry_id = heapq.heappop(self._expiry)
-            entry = self._entries.get(entry_id)
-            if entry is not None:
-                self.remove(entry)
-                removed += 1
-        if len(self._expiry) > 2 * len(self._entries) + 64:  # entries removed otherwise leave their date behind
-            self._expiry = [(entry.expires_at, entry.id) for entry in self._entries.values()]
+    def tenants(self) -> tuple[TenantId, ...]:
+        """Who has entries here."""
+        return tuple(tenant for tenant, _ in self._ledger.tenancies())
+
+    def holdings(self) -> Iterator[tuple[Partition, int, int]]:
+        """Entries and bytes of every partition."""
+        for _, tenancy in self._ledger.tenancies():
+            for partition, members in tenancy.partitions.items():
+                yield partition, len(members.slots), members.size_bytes
+
+    def sweep(self, now: float) -> tuple[int, ...]:
+        """Remove up to `SWEEP_MAX` entries whose time is over; return their labels."""
+        removed: list[int] = []
+        while self._expiry and (self._expiry[0] >> SLOT_BITS) <= now * 1000 and len(removed) < SWEEP_MAX:
+            slot = heapq.heappop(self._expiry) & (1 << SLOT_BITS) - 1
+            if self._table.expires_at[slot] <= now:  # else: a later entry in the same slot, or none
+                removed.append(int(self._table.label[slot]))
+                self.remove(removed[-1])
+        if len(self._expiry) > 2 * len(self._slots) + 64:  # entries removed otherwise leave their date behind
+            self._expiry = [self._date(slot) for slot in self._slots.values()]
             heapq.heapify(self._expiry)
-        return removed
+        return tuple(removed)
+
+    def take_crowded(self) -> tuple[Shelf, VectorIndex] | None:
+        """Return a shelf that needs a new generation, each once; None when there is none."""
+        return self._shelves.take_crowded()
+
+    def adopt(self, shelf: Shelf, index: VectorIndex, rebuild: Rebuild, graph: Graph | None) -> bool:
+        """Swap in a new generation; False when `index` has left its shelf meanwhile."""
+        return self._shelves.adopt(shelf, index, rebuild, graph)
+
+    def adopt_segment(self, shelf: Shelf, segment: Segment) -> None:
+        """Take in a segment read from disk, over entries of `shelf` that were filed without their vectors."""
+        place = self._shelves.find(shelf)
+        if place is None:
+            return
+        slots = {label: self._slots.get(label) for label in segment.live(frozenset()).tolist()}
+        mine = {
+            label: slot
+            for label, slot in slots.items()
+            if slot is not None and self._place(slot) is place and not self._table.indexed[slot]
+        }
+        self._shelves.adopt_segment(place, segment, frozenset(slots.keys() - mine.keys()))
+        for slot in mine.values():
+            self._table.indexed[slot] = True
+
+    def index_vector(self, label: int, vector: Vectors) -> None:
+        """File the vector of an entry that was added without; one that is there stays as it is."""
+        slot = self._slots.get(label)
+        if slot is not None and not self._table.indexed[slot]:
+            self._shelves.add(self._place(slot), label, vector)
+            self._table.indexed[slot] = True
+
+    def indexes(self) -> tuple[tuple[Shelf, VectorIndex], ...]:
+        """Every shelf that has vectors."""
+        return tuple((place.shelf, place.index) for place in self._shelves.places() if place.index is not None)
 
     def check(self) -> None:
         """Assert that all tables tell the same story."""
-        assert len(self._entries) <= self._entries_max
-        assert self._size_bytes <= self._size_bytes_max
-        assert self._size_bytes == sum(entry.size_bytes for entry in self._entries.values())
-        assert self._size_bytes == sum(tenancy.size_bytes for tenancy in self._tenants.values())
-        assert sum(map(len, self._partitions.values())) == len(self._entries) == len(self._labels)
-        assert sum(len(tenancy.entries) for tenancy in self._tenants.values()) == len(self._entries)
-        assert all(self._entries[entry.id] is entry for entry in self._exact.values())
-        assert sum(map(len, self._shelves.values())) == len(self._texts) <= len(self._entries)
-        assert all(entry.label in self._shelves[entry.shelf] for entry in self._texts.values())
-        assert all(self._shelves.values())
-        assert self._crowded.keys() <= self._shelves.keys()
-        assert {entry_id for _, entry_id in self._expiry} >= self._entries.keys()
+        table, slots = self._table, list(self._slots.values())
+        assert len(slots) == len(set(slots))
+        assert all(int(table.label[slot]) == label for label, slot in self._slots.items())
+        assert all(int(table.exact[slot]) == key and slot in slots for key, slot in self._exact.items())
+        self._ledger.check(slots)
+        self._shelves.check()
+        for place in self._shelves.places():
+            here = [slot for slot in slots if self._place(slot) is place]
+            labels = set(place.index.labels()) if place.index is not None else set()
+            assert len(here) == place.entries
+            assert labels == {int(table.label[slot]) for slot in here if table.indexed[slot]}
+        assert {date & (1 << SLOT_BITS) - 1 for date in self._expiry} >= set(slots)
 
-    def _twins(self, entry: Entry, has_vector: bool) -> Iterator[Entry]:
-        if entry.exact_key and (twin := self._exact.get(self._exact_key(entry))) is not None:
-            yield twin
-        if has_vector and (twin := self._texts.get(self._text_key(entry))) is not None:
-            yield twin
+    def _index(self, place: Place, label: int, vector: Vectors) -> list[int]:
+        """Put a vector into its shelf in place of equal ones; an entry that only it could find goes with it."""
+        gone: list[int] = []
+        equal = place.index.search(vector, 2) if place.index is not None else []
+        self._shelves.add(place, label, vector)
+        for neighbour in equal:
+            if neighbour.similarity >= SAME:
+                twin = self._slots[neighbour.label]
+                self._unindex(twin)
+                if not self._table.exact[twin]:
+                    self.remove(neighbour.label)
+                    gone.append(neighbour.label)
+        return gone
 
-    def _shelve(self, entry: Entry, vector: Vectors) -> None:
-        index = self._shelves.get(entry.shelf)
-        if index is None:
-            index = VectorIndex(len(vector), tail_max=self._tail_max)
-        index.add(entry.label, vector)
-        self._shelves[entry.shelf] = index
-        self._texts[self._text_key(entry)] = entry
-        self._note(entry.shelf, index)
+    def _file(self, place: Place, document: Document, *, indexed: bool) -> int:
+        table = self._table
+        slot = table.take()
+        table.label[slot] = document.label
+        table.exact[slot] = document.exact_hash
+        table.stored_at[slot] = table.used_at[slot] = document.stored_at
+        table.expires_at[slot] = document.expires_at
+        table.cost[slot] = 1.0 + document.completion_tokens
+        table.size_bytes[slot] = document.size_bytes
+        table.shelf[slot] = place.number
+        table.indexed[slot] = indexed
+        self._slots[document.label] = slot
+        if document.exact_key:
+            self._exact[document.exact_hash] = slot
+        self._ledger.join(slot, place.shelf.partition)
+        heapq.heappush(self._expiry, self._date(slot))
+        return slot
 
-    def _unshelve(self, entry: Entry) -> None:
-        if self._texts.get(self._text_key(entry)) is not entry:
-            return
-        del self._texts[self._text_key(entry)]
-        index = self._shelves[entry.shelf]
-        index.remove(entry.label)
-        if not index:
-            del self._shelves[entry.shelf]
-        self._note(entry.shelf, index)
+    def _unindex(self, slot: int) -> None:
+        if self._table.indexed[slot]:
+            self._table.indexed[slot] = False
+            self._shelves.remove(self._place(slot), int(self._table.label[slot]))
 
-    def _note(self, shelf: Shelf, index: VectorIndex) -> None:
-        if index.crowded:
-            self._crowded[shelf] = None
-        else:
-            self._crowded.pop(shelf, None)
+    def _place(self, slot: int) -> Place:
+        return self._shelves.numbered(int(self._table.shelf[slot]))
 
-    def _evict(self, newest: Entry, quota_entries: int) -> int:
-        before = len(self._entries)
-        members = self._partitions[newest.shelf.partition]
-        while len(members) > quota_entries:
-            self.remove(next(iter(members.values())))
-        while len(self._entries) > self._entries_max or self._size_bytes > self._size_bytes_max:
-            others = (tenancy for tenancy in self._tenants.values() if next(iter(tenancy.entries)) != newest.id)
-            largest = max(others, key=lambda tenancy: tenancy.size_bytes)
-            self.remove(next(iter(largest.entries.values())))
-        return before - len(self._entries)
+    def _held(self, slot: int) -> Held:
+        table = self._table
+        return Held(
+            label=int(table.label[slot]),
+            shelf=self._place(slot).shelf,
+            stored_at=float(table.stored_at[slot]),
+            expires_at=float(table.expires_at[slot]),
+            size_bytes=int(table.size_bytes[slot]),
+        )
 
-    @staticmethod
-    def _exact_key(entry: Entry) -> tuple[Scope, str, bytes]:
-        return entry.scope, entry.asked_category, entry.exact_key
-
-    @staticmethod
-    def _text_key(entry: Entry) -> tuple[Shelf, str]:
-        # The encoder knows no case and no spacing, and equal vectors spoil an hnsw graph: one entry for all.
-        return entry.shelf, " ".join(entry.text.casefold().split())
+    def _date(self, slot: int) -> int:
+        """When a slot's entry expires, in whole milliseconds, and the slot, as one number that sorts by time."""
+        return math.ceil(min(float(self._table.expires_at[slot]), LATEST) * 1000) << SLOT_BITS | slot

@@ -22,11 +22,14 @@ from covey.types.ids import TenantId
 from covey.types.semcache import CacheOffer, CacheQuery
 from services.semcache.cache import AnswerCache, CacheLimits
 from services.semcache.config import CategoryConfig, Config
+from services.semcache.documents import Documents, MemoryDocuments
 from services.semcache.encoder import Embedder, Encode, Encoder, EncoderStatus, Phase
 from services.semcache.learning import learn_categories
+from services.semcache.library import Library
 from services.semcache.metrics import CacheMetrics
 from services.semcache.minilm import Encoded, EncoderModel
 from services.semcache.servicer import SemCacheServicer
+from services.semcache.storage import open_store, quota_of
 from services.semcache.store import Store
 from services.semcache.upkeep import Upkeep
 
@@ -63,6 +66,7 @@ class Parts:
 
     cache: AnswerCache
     store: Store
+    library: Library
     embedder: Embedder
     servicer: SemCacheServicer
     upkeep: Upkeep
@@ -77,14 +81,22 @@ async def running_cache(
     *,
     load: Callable[[], EncoderModel] = BagOfWords,
     wait: bool = True,
+    documents: Documents | None = None,
 ) -> AsyncIterator[Parts]:
     """Own a cache for a block; unless told not to, wait until its encoder is there and its categories are learnt."""
     metrics = await to_thread.run_sync(Metrics)  # it reads /proc
     status, log = EncoderStatus(), structlog.get_logger()
     instruments = CacheMetrics(metrics)
-    store = Store(
-        entries_max=config.entries_max, size_bytes_max=config.size_bytes_max, tail_max=config.exact_search_max
+    library = Library(
+        open_store(config),
+        documents or MemoryDocuments(),
+        encoder="words",
+        recent_bytes_max=config.recent_bytes_max,
+        clock=clock,
+        log=log,
     )
+    policies = {policy.name: policy for policy in config.policies()}
+    await library.restore(lambda category: quota_of(policies.get(category)))
     async with supervise(grace_s=1.0) as supervisor:
         encoder = supervisor.start(
             lambda: Encoder(load, status, batch_max=config.encode_batch, clock=clock, log=log),
@@ -96,7 +108,7 @@ async def running_cache(
             encoder.offer(Encode(texts=()))
         embedder = Embedder(encoder, status, memo_max=config.memo_max)
         cache = AnswerCache(
-            store,
+            library,
             ReusePolicy(config.policies()),
             embedder,
             classifies=bool(config.examples()),
@@ -115,10 +127,11 @@ async def running_cache(
             await learn_categories(config.examples(), embedder, cache, floor=config.classify_floor, log=log)
         yield Parts(
             cache=cache,
-            store=store,
+            store=library.store,
+            library=library,
             embedder=embedder,
             servicer=SemCacheServicer(cache, embedder, model="all-MiniLM-L6-v2", embed_batch=8, embed_wait_s=5.0),
-            upkeep=Upkeep(store, embedder, instruments, clock, every_s=config.sweep_s),
+            upkeep=Upkeep(library, embedder, instruments, clock, every_s=config.sweep_s),
             status=status,
             metrics=metrics,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from anyio import to_thread
@@ -54,8 +55,8 @@ async def test_no_tenant_sees_anothers_entries_by_any_tier_or_call(clock: Virtua
         explained = await parts.cache.explain(replace(theirs, exact_key=b""), timeout_s=5.0)
         assert (explained.entry, explained.similarity) == ("", 0.0)
         with pytest.raises(NotFound):
-            parts.cache.feedback(FeedbackRequest(tenant=RIVAL, entry=entry, verdict=Verdict.WRONG))
-        assert parts.cache.invalidate(InvalidateRequest(tenant=RIVAL)).removed == 0
+            await parts.cache.feedback(FeedbackRequest(tenant=RIVAL, entry=entry, verdict=Verdict.WRONG))
+        assert (await parts.cache.invalidate(InvalidateRequest(tenant=RIVAL))).removed == 0
         # positive control: the owner hits by both tiers
         assert await ask(parts, mine) is CacheOutcome.EXACT
         assert await ask(parts, replace(mine, exact_key=b"")) is CacheOutcome.SEMANTIC
@@ -113,7 +114,7 @@ async def test_wrong_and_stale_answers_go_at_once_right_ones_stay(clock: Virtual
             (Verdict.STALE, CacheOutcome.MISS),
         ):
             entry = await keep(parts, query("the opening hours"))
-            parts.cache.feedback(FeedbackRequest(tenant=ACME, entry=entry, verdict=verdict))
+            await parts.cache.feedback(FeedbackRequest(tenant=ACME, entry=entry, verdict=verdict))
             assert await ask(parts, query("the opening hours")) is outcome
 
 
@@ -122,14 +123,14 @@ async def test_wrong_and_stale_answers_go_at_once_right_ones_stay(clock: Virtual
     [({}, 3), ({"model": "tiny"}, 2), ({"category": "faq"}, 2), ({"model": "tiny", "category": "faq"}, 1)],
 )
 async def test_invalidate_takes_what_every_set_field_matches(
-    clock: VirtualClock, scope: dict[str, str], removed: int
+    clock: VirtualClock, scope: dict[str, Any], removed: int
 ) -> None:
     async with running_cache(clock) as parts:
         await keep(parts, query("one", exact=b"1"))
         await keep(parts, query("two", exact=b"2", category="code"))
         await keep(parts, query("three", exact=b"3", model="other"))
         await keep(parts, query("one", exact=b"1", tenant=RIVAL))
-        assert parts.cache.invalidate(InvalidateRequest(tenant=ACME, **scope)).removed == removed
+        assert (await parts.cache.invalidate(InvalidateRequest(tenant=ACME, **scope))).removed == removed
         assert len(parts.store) == 4 - removed
         parts.store.check()
 
@@ -138,7 +139,7 @@ async def test_invalidate_one_entry(clock: VirtualClock) -> None:
     async with running_cache(clock) as parts:
         entry = await keep(parts, query("one", exact=b"1"))
         await keep(parts, query("two", exact=b"2"))
-        assert parts.cache.invalidate(InvalidateRequest(tenant=ACME, entry=entry)).removed == 1
+        assert (await parts.cache.invalidate(InvalidateRequest(tenant=ACME, entry=entry))).removed == 1
         assert await ask(parts, query("two", exact=b"2")) is CacheOutcome.EXACT
 
 
@@ -246,7 +247,7 @@ async def test_a_crowded_shelf_moves_into_an_index_and_still_answers(clock: Virt
             await keep(parts, query(f"topic word{number} detail{number * 7}"), f"answer {number}")
         await parts.upkeep.once()
         gone = await keep(parts, query("topic late entry"))
-        parts.cache.feedback(FeedbackRequest(tenant=ACME, entry=gone, verdict=Verdict.STALE))
+        await parts.cache.feedback(FeedbackRequest(tenant=ACME, entry=gone, verdict=Verdict.STALE))
         for number in range(40):
             reply = await parts.cache.lookup(query(f"topic word{number} detail{number * 7}"), timeout_s=5.0)
             assert reply.answer is not None
