@@ -51,6 +51,7 @@ def encode(codec: Codec, payload: bytes | memoryview, shape: BlockShape) -> byte
         InvalidArgument: a wrong size, NaN, infinity, or numbers out of the codec's range.
         LayoutMismatch: the codec does not take this shape.
     """
+    codec.layer_bytes(shape)
     return codec.pack(read_pages(payload, shape)).tobytes()
 
 
