@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from covey.errors import NotFound
 
@@ -121,8 +122,52 @@ def _gsm8k(folder: Path) -> QuestionSet:
 
 
 _FUNCTION_WORDS = frozenset(
-    "a an the is are was were be been do does did in on at of for to and or by with from as it its has have had who what "
-    "when where which why how many much whose whom that this there s".split()
+    [
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "do",
+        "does",
+        "did",
+        "in",
+        "on",
+        "at",
+        "of",
+        "for",
+        "to",
+        "and",
+        "or",
+        "by",
+        "with",
+        "from",
+        "as",
+        "it",
+        "its",
+        "has",
+        "have",
+        "had",
+        "who",
+        "what",
+        "when",
+        "where",
+        "which",
+        "why",
+        "how",
+        "many",
+        "much",
+        "whose",
+        "whom",
+        "that",
+        "this",
+        "there",
+        "s",
+    ]
 )
 
 
@@ -153,44 +198,71 @@ def _qqp(folder: Path) -> QuestionSet:
 
 
 def _cast(folder: Path) -> QuestionSet:
-    """Each dialogue is held twice: as recorded, and by a user who spells some of the turns out.
+    """Each dialogue is held three times, in random order, each turn after the ones before it.
 
-    The second user says each turn as recorded or, by the toss of a coin, as the annotators spelt it out. Dialogues
-    follow each other in random order, each turn after the ones before it.
+    The first user says it as recorded. The second says each turn as recorded or, by the toss of a coin, as the
+    annotators spelt it out. The third asks about another topic: its first turn, then this topic's follow-ups whose
+    pronoun the annotators had to replace ("is it treatable?"); what these mean now, nobody else has asked.
     """
     rng = Random(SEED)  # noqa: S311 - a reproducible stream
+    dialogues = _dialogues(folder)
+    rng.shuffle(dialogues)
+    answers: dict[str, int] = {}
+    halves: list[tuple[Question, ...]] = []
+    for half in (dialogues[: len(dialogues) // 2], dialogues[len(dialogues) // 2 :]):
+        played = list(half)
+        played += [[Turn(rng.choice(turn), turn.meaning) for turn in dialogue] for dialogue in half]
+        for dialogue, other in zip(half, half[1:] + half[:1], strict=True):
+            asked = [Turn(turn.said, f"{turn.meaning} @ {other[0].meaning}") for turn in dialogue if turn.has_pronoun]
+            played.append([other[0], *asked])
+        rng.shuffle(played)
+        questions: list[Question] = []
+        for dialogue in played:
+            for number, turn in enumerate(dialogue):
+                answer = answers.setdefault(normalised(turn.meaning), len(answers))
+                before = tuple(earlier.said for earlier in dialogue[:number])
+                questions.append(Question(text=turn.said, answer=answer, turns=before))
+        halves.append(tuple(questions))
+    return QuestionSet(name="cast", learn=halves[0], measure=halves[1])
+
+
+class Turn(NamedTuple):
+    """What a user said, and the same as the annotators spelt it out."""
+
+    said: str
+    meaning: str
+
+    @property
+    def has_pronoun(self) -> bool:
+        """Whether it has a pronoun that the annotators replaced."""
+        return len(_PRONOUNS & _words(self.said)) > len(_PRONOUNS & _words(self.meaning))
+
+
+_PRONOUNS = frozenset("it its they them their he him his she her this that these those".split())
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def _dialogues(folder: Path) -> list[list[Turn]]:
     resolved = dict(
-        line.split("\t", 1) for line in (folder / "evaluation_topics_annotated_resolved_v1.0.tsv").read_text().splitlines()
+        line.split("\t", 1)
+        for line in (folder / "evaluation_topics_annotated_resolved_v1.0.tsv").read_text().splitlines()
     )
-    dialogues: list[list[tuple[str, str]]] = []
+    dialogues: list[list[Turn]] = []
     for name in (
         "evaluation_topics_v1.0.json",
         "2020_manual_evaluation_topics_v1.0.json",
         "2021_manual_evaluation_topics_v1.0.json",
     ):
         for topic in json.loads((folder / name).read_text()):
-            turns = []
+            turns: list[Turn] = []
             for turn in topic["turn"]:
                 spelt = turn.get("manual_rewritten_utterance") or resolved[f"{topic['number']}_{turn['number']}"]
-                turns.append((turn["raw_utterance"].strip(), spelt.strip()))
+                turns.append(Turn(turn["raw_utterance"].strip(), spelt.strip()))
             dialogues.append(turns)
-    rng.shuffle(dialogues)
-    answers: dict[str, int] = {}
-    halves: list[tuple[Question, ...]] = []
-    for half in (dialogues[: len(dialogues) // 2], dialogues[len(dialogues) // 2 :]):
-        held = [[(raw, spelt) for raw, spelt in dialogue] for dialogue in half]
-        again = [[(rng.choice((raw, spelt)), spelt) for raw, spelt in dialogue] for dialogue in half]
-        played = held + again
-        rng.shuffle(played)
-        questions: list[Question] = []
-        for dialogue in played:
-            said: list[str] = []
-            for text, spelt in dialogue:
-                answer = answers.setdefault(normalised(spelt), len(answers))
-                questions.append(Question(text=text, answer=answer, turns=tuple(said)))
-                said.append(text)
-        halves.append(tuple(questions))
-    return QuestionSet(name="cast", learn=halves[0], measure=halves[1])
+    return dialogues
 
 
 def _halved(name: str, rows: Sequence[tuple[str, Hashable]], *, most: int | None = None) -> QuestionSet:

@@ -1,4 +1,4 @@
-"""Whether a category's semantic look-ups pay for themselves: else it goes back to exact reuse, and later tries again."""
+"""Whether a category's semantic look-ups pay for themselves: else it reuses equal requests only, and tries again."""
 
 from __future__ import annotations
 
@@ -107,4 +107,5 @@ class BreakEven:
         """Assert the invariants."""
         assert 0.0 <= self._hits <= self._weight + 1e-9
         assert 0 <= self._skipped < self._config.trial_every
-        assert self._overhead_s >= 0 and self._model_s >= 0
+        assert self._overhead_s >= 0
+        assert self._model_s >= 0

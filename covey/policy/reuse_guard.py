@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from enum import StrEnum
 
 
 def _split(words: str) -> list[str]:
@@ -25,6 +26,8 @@ _NUMBER_WORDS = {
 } | {"thirty": "30", "forty": "40", "fifty": "50", "sixty": "60", "hundred": "100", "thousand": "1000"}
 _QUOTED = re.compile(r"\"([^\"]*)\"|“([^”]*)”|«([^»]*)»|`([^`]*)`|(?<!\w)'([^']*)'(?!\w)|‘([^’]*)’")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_EDGES = "\"'`“”‘’«»,;:!?()[]{}"
+_PATH = re.compile(r"[/\\*$_~@#=|<>]|^--?[A-Za-z]|^\.\w|\w\.[A-Za-z]{1,5}$|[a-z][A-Z]|\w\(\)")
 _NEGATIONS = frozenset(_split("not no never none nor neither nothing nobody nowhere without cannot hardly barely"))
 _OPPOSITES = tuple(
     pair.split("/")
@@ -37,7 +40,7 @@ _OPPOSITES = tuple(
     )
 )
 _DIRECTIONAL = frozenset(_split("than from into versus vs before after over under instead"))
-_FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(
     _split(
         "a an the is are was were be been do does did can could will would shall should may might must have has had "
         "i you he she it we they me my your his her its our their this that these those what which who whom whose when "
@@ -46,31 +49,54 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-def disagreement(left: str, right: str) -> str:
+class Check(StrEnum):
+    """What a guard compares. PATHS are paths, globs, flags and identifiers: what is not a plain word."""
+
+    NUMBERS = "numbers"
+    QUOTED = "quoted"
+    PATHS = "paths"
+    NEGATION = "negation"
+    OPPOSITES = "opposites"
+    ORDER = "order"
+
+
+ALL_CHECKS = frozenset(Check)
+
+
+def disagreement(left: str, right: str, checks: frozenset[Check] = ALL_CHECKS) -> str:
     """Say in what two texts disagree; empty when in nothing. Which text is the left one makes no difference.
 
-    Compared are numbers, quoted strings, negations and opposites, and the order of arguments. Words are English
-    ones; in other languages only numbers, quotes and a mere reordering of the same words are seen. A guard errs
-    towards a miss: it costs a hit where a paraphrase reorders what it names.
+    Compared are numbers, quoted strings, paths and identifiers, negations and opposites, and the order of arguments,
+    as far as they are among the `checks`. Words are English ones; in other languages only numbers, quotes, paths and a
+    mere reordering of the same words are seen. A guard errs towards a miss: it costs a hit where a paraphrase reorders
+    what it names.
     """
     left, right = unicodedata.normalize("NFKC", left), unicodedata.normalize("NFKC", right)
     if left == right:
         return ""
-    if _numbers(left) != _numbers(right):
+    if Check.NUMBERS in checks and numbers(left) != numbers(right):
         return "numbers differ"
-    if _quoted(left) != _quoted(right):
+    if Check.QUOTED in checks and quoted(left) != quoted(right):
         return "quoted strings differ"
-    words_left, words_right = _words(left), _words(right)
-    if _negations(words_left) != _negations(words_right):
+    if Check.PATHS in checks and paths(left) != paths(right):
+        return "paths or identifiers differ"
+    words_left, words_right = words(left), words(right)
+    if Check.NEGATION in checks and negations(words_left) != negations(words_right):
         return "one negates what the other does not"
-    if opposite := _opposite(words_left, words_right):
-        return f"one says {opposite[0]}, the other {opposite[1]}"
-    if _reordered(words_left, words_right):
+    if Check.OPPOSITES in checks and (found := opposite(words_left, words_right)):
+        return f"one says {found[0]}, the other {found[1]}"
+    if Check.ORDER in checks and reordered(words_left, words_right):
         return "the order of arguments differs"
     return ""
 
 
-def _numbers(text: str) -> tuple[str, ...]:
+def paths(text: str) -> frozenset[str]:
+    """Paths, globs, flags and identifiers: `/etc/x`, `*.txt`, `--all`, `snake_case`, `camelCase`, `f()`."""
+    return frozenset(token for found in text.split() if (token := found.strip(_EDGES)) and _PATH.search(token))
+
+
+def numbers(text: str) -> tuple[str, ...]:
+    """Numbers in order, written in digits whatever they were."""
     digits = [(match.start(), match[0]) for match in _NUMBER.finditer(text.replace("−", "-"))]
     spelt = [
         (match.start(), _NUMBER_WORDS[match[0].lower()])
@@ -85,19 +111,22 @@ def _canonical(number: str) -> str:
     return number.replace(",", "") if _THOUSANDS.fullmatch(number) else number
 
 
-def _quoted(text: str) -> tuple[str, ...]:
+def quoted(text: str) -> tuple[str, ...]:
+    """Quoted strings in order."""
     return tuple(next((group for group in match.groups() if group), "").strip() for match in _QUOTED.finditer(text))
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """Words in order, in lower case."""
     return tuple(match[0].lower().replace("’", "'") for match in _WORD.finditer(text))
 
 
-def _negations(words: Sequence[str]) -> int:
-    return sum(word in _NEGATIONS or word.endswith("n't") for word in words)
+def negations(said: Sequence[str]) -> int:
+    """How many words negate."""
+    return sum(word in _NEGATIONS or word.endswith("n't") for word in said)
 
 
-def _opposite(left: Sequence[str], right: Sequence[str]) -> tuple[str, str] | None:
+def opposite(left: Sequence[str], right: Sequence[str]) -> tuple[str, str] | None:
     """Find a pair of which each text says only one, and not the same one."""
     has_left, has_right = set(left), set(right)
     for one, other in _OPPOSITES:
@@ -110,10 +139,10 @@ def _opposite(left: Sequence[str], right: Sequence[str]) -> tuple[str, str] | No
     return None
 
 
-def _reordered(left: Sequence[str], right: Sequence[str]) -> bool:
+def reordered(left: Sequence[str], right: Sequence[str]) -> bool:
     """Whether shared words stand in another order where the order carries the meaning."""
-    content_left = [_stem(word) for word in left if word not in _FUNCTION_WORDS]
-    content_right = [_stem(word) for word in right if word not in _FUNCTION_WORDS]
+    content_left = [_stem(word) for word in left if word not in FUNCTION_WORDS]
+    content_right = [_stem(word) for word in right if word not in FUNCTION_WORDS]
     common = set(content_left) & set(content_right)
     order_left = [word for word in content_left if word in common]
     order_right = [word for word in content_right if word in common]
@@ -126,13 +155,13 @@ def _reordered(left: Sequence[str], right: Sequence[str]) -> bool:
     return any((after, before) in _pairs(right) for before, after in _pairs(left))
 
 
-def _pairs(words: Sequence[str]) -> set[tuple[str, str]]:
+def _pairs(said: Sequence[str]) -> set[tuple[str, str]]:
     """Return the nearest content words on both sides of each `to`."""
     pairs: set[tuple[str, str]] = set()
-    for index, word in enumerate(words):
+    for index, word in enumerate(said):
         if word == "to":
-            before = next((_stem(w) for w in reversed(words[:index]) if w not in _FUNCTION_WORDS), None)
-            after = next((_stem(w) for w in words[index + 1 :] if w not in _FUNCTION_WORDS), None)
+            before = next((_stem(w) for w in reversed(said[:index]) if w not in FUNCTION_WORDS), None)
+            after = next((_stem(w) for w in said[index + 1 :] if w not in FUNCTION_WORDS), None)
             if before is not None and after is not None:
                 pairs.add((before, after))
     return pairs
