@@ -8,8 +8,8 @@ import os
 import sqlite3
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -80,6 +80,7 @@ class SqliteDocuments:
         self._writing, self._reading = anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
         self._writer: sqlite3.Connection = None  # type: ignore[assignment] # until opened
         self._reader: sqlite3.Connection = None  # type: ignore[assignment]
+        self._lock = -1
 
     @classmethod
     @asynccontextmanager
@@ -91,17 +92,16 @@ class SqliteDocuments:
         Raises `FailedPrecondition` when another process has it, `Unavailable` when it cannot be opened.
         """
         documents = cls(path, clock, log, size_bytes_max=size_bytes_max)
-        with _locked(path):
-            await documents._run(documents._open, documents._writing)
-            try:
-                async with anyio.create_task_group() as tg:
-                    tg.start_soon(documents._write_often)
-                    yield documents
-                    await documents._flush()
-                    tg.cancel_scope.cancel()
-            finally:
-                documents._reader.close()
-                documents._writer.close()
+        await documents._run(documents._open, documents._writing)
+        try:
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(documents._write_often)
+                yield documents
+                await documents._flush()
+                tg.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(documents._close, limiter=documents._writing)
 
     @property
     def writable(self) -> str:
@@ -164,6 +164,19 @@ class SqliteDocuments:
         return Voided(epoch=row[0], reign=row[1]) if row else Voided()
 
     def _open(self) -> None:
+        self._lock = _take_lock(self._path)
+        try:
+            self._connect()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+        os.close(self._lock)
+
+    def _connect(self) -> None:
         self._writer = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         self._writer.execute("PRAGMA journal_mode = WAL")
         self._writer.execute("PRAGMA synchronous = FULL")
@@ -288,19 +301,18 @@ def _delete(db: sqlite3.Connection, labels: Iterable[int]) -> None:
     db.executemany("DELETE FROM documents WHERE label = ?", ((label,) for label in labels))
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file beside `path`; it ends with the process, however that ends."""
+def _take_lock(path: Path) -> int:
+    """Take the lock file beside `path`, which ends with the process, however that ends."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FailedPrecondition(
-                f"another process keeps its documents in {path}: give each semcache its own `worker` or `documents`",
-                field="documents",
-            ) from error
-        yield
-    finally:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
         os.close(lock)
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise FailedPrecondition(
+            f"another process keeps its documents in {path}: give each semcache its own `worker` or `documents`",
+            field="documents",
+        ) from error
+    return lock

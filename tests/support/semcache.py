@@ -28,6 +28,7 @@ from services.semcache.learning import learn_categories
 from services.semcache.library import Library
 from services.semcache.metrics import CacheMetrics
 from services.semcache.minilm import Encoded, EncoderModel
+from services.semcache.segment_files import SegmentFiles
 from services.semcache.servicer import SemCacheServicer
 from services.semcache.storage import open_store, quota_of
 from services.semcache.store import Store
@@ -82,6 +83,9 @@ async def running_cache(
     load: Callable[[], EncoderModel] = BagOfWords,
     wait: bool = True,
     documents: Documents | None = None,
+    files: SegmentFiles | None = None,
+    encoder: str = "words",
+    rng: Random | None = None,
 ) -> AsyncIterator[Parts]:
     """Own a cache for a block; unless told not to, wait until its encoder is there and its categories are learnt."""
     metrics = await to_thread.run_sync(Metrics)  # it reads /proc
@@ -90,7 +94,8 @@ async def running_cache(
     library = Library(
         open_store(config),
         documents or MemoryDocuments(),
-        encoder="words",
+        encoder=encoder,
+        files=files,
         recent_bytes_max=config.recent_bytes_max,
         clock=clock,
         log=log,
@@ -98,15 +103,15 @@ async def running_cache(
     policies = {policy.name: policy for policy in config.policies()}
     await library.restore(lambda category: quota_of(policies.get(category)))
     async with supervise(grace_s=1.0) as supervisor:
-        encoder = supervisor.start(
+        actor = supervisor.start(
             lambda: Encoder(load, status, batch_max=config.encode_batch, clock=clock, log=log),
             name="encoder",
             capacity=config.encoder_queue,
             restart=Restart(),
         )
         if config.preload:
-            encoder.offer(Encode(texts=()))
-        embedder = Embedder(encoder, status, memo_max=config.memo_max)
+            actor.offer(Encode(texts=()))
+        embedder = Embedder(actor, status, memo_max=config.memo_max)
         cache = AnswerCache(
             library,
             ReusePolicy(config.policies()),
@@ -119,7 +124,7 @@ async def running_cache(
             ),
             metrics=instruments,
             clock=clock,
-            rng=Random(7),
+            rng=rng or Random(7),
         )
         if wait:
             while status.phase is Phase.LOADING:
