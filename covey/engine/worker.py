@@ -17,6 +17,7 @@ from covey.model.plan import Runner
 from covey.model.share import CoreShare
 from covey.model.source import ModelSource
 from covey.net.kv import KvClient, KvClientConfig, StoreNode
+from covey.net.kv.agreed import AgreedRing
 from covey.net.registry import Registry
 from covey.net.rpc import Channels
 from covey.types.event import WorkerState
@@ -80,8 +81,10 @@ async def load_model(config: EngineConfig, *, run_dir: Path, clock: Clock) -> Lo
     return await anyio.to_thread.run_sync(_load_model, config, run_dir, clock)
 
 
-def store_client(config: EngineConfig, registry: Registry, channels: Channels, *, clock: Clock, host: str) -> KvClient:
-    """The store over the nodes that the registry knows at each call."""
+def store_client(
+    config: EngineConfig, registry: Registry, channels: Channels, ring: AgreedRing, *, clock: Clock, host: str
+) -> KvClient:
+    """The store over the nodes that the registry knows at each call, placed as the ring says."""
 
     def nodes() -> Sequence[StoreNode]:
         return [
@@ -96,7 +99,14 @@ def store_client(config: EngineConfig, registry: Registry, channels: Channels, *
             if view.record.store is not None
         ]
 
-    return KvClient(nodes, channels, clock=clock, boot_id=host, config=KvClientConfig(transport=config.kv_transport))
+    return KvClient(
+        nodes,
+        channels,
+        clock=clock,
+        boot_id=host,
+        config=KvClientConfig(transport=config.kv_transport),
+        agreed=lambda: ring.current,
+    )
 
 
 def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:

@@ -10,6 +10,7 @@ import anyio
 from covey.engine.block_events import BlockEvents
 from covey.engine.worker import gauges, open_worker, store_client
 from covey.net.bus import Bus
+from covey.net.kv.agreed import AgreedRing
 from covey.net.kv_events import KvEventPublisher
 from covey.runtime import Runtime
 from covey.types.generate import Role
@@ -20,8 +21,13 @@ from .servicer import Servicer
 
 async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped; what runs then has `drain_s` to end. Raises Unavailable when a dependency is missing."""
-    async with rt.bus() as bus, rt.registry(bus) as registry, _block_events(bus, rt) as events:
-        store = store_client(config, registry, rt.channels, clock=rt.clock, host=rt.host)
+    async with (
+        rt.bus() as bus,
+        rt.registry(bus) as registry,
+        AgreedRing.open(bus, clock=rt.clock) as ring,
+        _block_events(bus, rt) as events,
+    ):
+        store = store_client(config, registry, rt.channels, ring, clock=rt.clock, host=rt.host)
         async with (
             open_worker(
                 config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from covey.codec.methods import Prefill
 from covey.engine.servicer import EngineServicer
 from covey.engine.worker import gauges, open_worker, store_client
+from covey.net.kv.agreed import AgreedRing
 from covey.runtime import Runtime
 from covey.types.generate import Role
 
@@ -13,8 +14,8 @@ from .config import Config
 
 async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped; what runs then has `drain_s` to end. Raises Unavailable when a dependency is missing."""
-    async with rt.bus() as bus, rt.registry(bus) as registry:
-        store = store_client(config, registry, rt.channels, clock=rt.clock, host=rt.host)
+    async with rt.bus() as bus, rt.registry(bus) as registry, AgreedRing.open(bus, clock=rt.clock) as ring:
+        store = store_client(config, registry, rt.channels, ring, clock=rt.clock, host=rt.host)
         async with (
             open_worker(
                 config, role=Role.PREFILL, worker=rt.worker, clock=rt.clock, run_dir=rt.run_dir, store=store
