@@ -23,6 +23,7 @@ async def serve(config: Config, rt: Runtime) -> None:
             rt.serve_rpc(config.listen, EngineServicer(engine, Prefill).handlers(), config.drain_s) as server,
             rt.announce(bus, Role.PREFILL, server.address, engine=engine.info(), load=engine.load),
         ):
+            rt.metrics.sampled("kv_ring", "The ring of the KV store that this worker goes by.", ["what"], ring.gauges)
             rt.metrics.sampled("engine", "State and counts of the engine.", ["what"], lambda: gauges(engine))
             await rt.ready()
             await rt.until_stopped()

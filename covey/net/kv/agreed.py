@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, Self
 
@@ -56,6 +56,12 @@ class AgreedRing:
                 tg.start_soon(ring._follow, changes)
                 tg.start_soon(ring._refresh_often)
                 yield ring
+
+    def gauges(self) -> Mapping[tuple[str, ...], float]:
+        """Return what is known of the ring, by name, for metrics."""
+        ring = self.current
+        version, nodes = (ring.version, len(ring.members)) if ring is not None else (0, 0)
+        return {("version",): float(version), ("nodes",): float(nodes)}
 
     async def changed(self) -> None:
         """Wait for the next version."""
