@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from covey.compression import Codecs, decode
 from covey.errors import DataCorrupt, LayoutMismatch
 from covey.net.kv.reading import Reading
-from covey.types.kv import BlockCodec, BlockLocations, BlockShape
+from covey.types.kv import BlockCodec, BlockLocation, BlockLocations, BlockShape
 
 
 class Decoding:
     """Blocks at `locations`, to be put into `into` as engines have them."""
 
     def __init__(
-        self, codecs: Codecs, shape: BlockShape, locations: BlockLocations, into: Sequence[memoryview]
+        self, codecs: Codecs, shape: BlockShape, locations: Sequence[BlockLocation], into: Sequence[memoryview]
     ) -> None:
         """`shape` is that of a block that is not encoded."""
         self._codecs = codecs
         self._shape = shape
         self._into = into
-        self.is_needed = bool(locations.codecs)
+        is_plain = isinstance(locations, BlockLocations) and not locations.codecs  # a look-up's columns tell at once
+        self.is_needed = not is_plain and any(location.codec is not BlockCodec.RAW for location in locations)
         """Whether any block is encoded: the layers of such a load are not told of one by one."""
         self._names = [location.codec for location in locations] if self.is_needed else []
         self.buffers = list(into)
