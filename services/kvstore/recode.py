@@ -20,7 +20,7 @@ from covey.compression.codec import raw
 from covey.compression.pages import read_pages
 from covey.errors import CoveyError, DataCorrupt, InvalidArgument, LayoutMismatch
 from covey.net.kv.copying import checksums
-from covey.policy.codecs import TierCodecs, can_recode, settled
+from covey.policy.codecs import can_recode, settled
 from covey.policy.store_index import Placed
 from covey.types.ids import BlockHash, LeaseId, NamespaceId
 from covey.types.kv import (
@@ -34,6 +34,7 @@ from covey.types.kv import (
     Tier,
 )
 
+from .codecs import CodecSettings
 from .store import Command, Store
 from .tasks import Progress
 
@@ -68,18 +69,16 @@ class _Version:
 class Recoder:
     """Encodes stored blocks anew, one at a time, in a thread of its own.
 
-    `error_max` is the budget of quality: the root mean square of what a block's numbers are off by, relative to that
-    of the numbers; a block that exceeds it stays as it is.
+    The setting `error_max` is the budget of quality: the root mean square of what a block's numbers are off by,
+    relative to that of the numbers; a block that exceeds it stays as it is.
     """
 
-    def __init__(
-        self, store: Store, actor: Ref[Command[object]], codecs: Codecs, policy: TierCodecs, *, error_max: float
-    ) -> None:
+    def __init__(self, store: Store, actor: Ref[Command[object]], codecs: Codecs, settings: CodecSettings) -> None:
         self._store = store
         self._actor = actor
         self._codecs = codecs
-        self._policy = policy
-        self._error_max = error_max
+        self._settings = settings
+        self._policy = settings.policy()
         self._thread = CapacityLimiter(1)
 
     async def recode(self, request: StartTask, progress: Progress) -> str:
@@ -100,12 +99,20 @@ class Recoder:
             progress.step()
         return ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "nothing to recode"
 
-    async def keep(self, *, above: float, every_s: float) -> None:
-        """Recode as the memory tier's policy says whenever the arena is fuller than `above`; until cancelled."""
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Recode as the memory tier's policy says, now and then, while the arena is fuller than `memory_above`."""
+        async with anyio.create_task_group() as tg:
+            if self._policy.tiers[Tier.MEMORY] is not BlockCodec.RAW:
+                tg.start_soon(self._keep, name="recode")
+            yield
+            tg.cancel_scope.cancel()
+
+    async def _keep(self) -> None:
         while True:
-            await anyio.sleep(every_s)
+            await anyio.sleep(self._settings.memory_every_s)
             stats = self._store.index.stats()
-            if stats.used_bytes > above * stats.capacity_bytes:
+            if stats.used_bytes > self._settings.memory_above * stats.capacity_bytes:
                 with suppress(CoveyError):  # a store that is busy or full now is tried again
                     await self.recode(StartTask(kind=TaskKind.RECODE), Progress())
 
@@ -153,7 +160,7 @@ class Recoder:
                 return Outcome.BAD
             except (InvalidArgument, LayoutMismatch):
                 return Outcome.KEPT
-            if version.error > self._error_max:
+            if version.error > self._settings.error_max:
                 return Outcome.OVER
             return Outcome.RECODED if await self._put(held, codec, version) else Outcome.GONE
 
