@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
+from covey.codec.chunks import decode_chunk, encode_chunk
 from covey.codec.messages import PACKAGE, decode, encode
 from covey.types import flow, generate, kv, program, semcache
 from covey.types.common import Empty
@@ -62,6 +63,26 @@ class BidiStream(Method[Q, R]):
     """Many requests and many replies, independent of each other."""
 
 
+class ChunkStream(ServerStream[Q, kv.BlockChunk]):
+    """A stream of pieces of blocks, whose bytes are not copied to encode and decode them."""
+
+    def encode_reply(self, value: kv.BlockChunk) -> bytes:
+        return encode_chunk(value)
+
+    def decode_reply(self, data: bytes) -> kv.BlockChunk:
+        return decode_chunk(kv.BlockChunk, data)
+
+
+class ChunkUpload(ClientStream[kv.WriteChunk, R]):
+    """An upload of pieces of blocks, whose bytes are not copied to encode and decode them."""
+
+    def encode_request(self, value: kv.WriteChunk) -> bytes:
+        return encode_chunk(value)
+
+    def decode_request(self, data: bytes) -> kv.WriteChunk:
+        return decode_chunk(kv.WriteChunk, data)
+
+
 class Prefill:
     INFO: Final[Unary[Empty, generate.EngineInfo]] = Unary("Prefill", "Info", Empty, generate.EngineInfo)
     GENERATE: Final[ServerStream[generate.GenerateRequest, generate.Event]] = ServerStream(
@@ -99,14 +120,14 @@ class KvStore:
     RESERVE: Final[Unary[kv.ReserveRequest, kv.ReserveReply]] = Unary(
         "KvStore", "Reserve", kv.ReserveRequest, kv.ReserveReply
     )
-    WRITE: Final[ClientStream[kv.WriteChunk, kv.WriteReply]] = ClientStream(
+    WRITE: Final[ClientStream[kv.WriteChunk, kv.WriteReply]] = ChunkUpload(
         "KvStore", "Write", kv.WriteChunk, kv.WriteReply
     )
     COMMIT: Final[Unary[kv.CommitRequest, kv.CommitReply]] = Unary(
         "KvStore", "Commit", kv.CommitRequest, kv.CommitReply
     )
     ABORT: Final[Unary[kv.LeaseRequest, Empty]] = Unary("KvStore", "Abort", kv.LeaseRequest, Empty)
-    GET: Final[ServerStream[kv.GetRequest, kv.BlockChunk]] = ServerStream(
+    GET: Final[ServerStream[kv.GetRequest, kv.BlockChunk]] = ChunkStream(
         "KvStore", "Get", kv.GetRequest, kv.BlockChunk
     )
     RENEW: Final[Unary[kv.RenewRequest, kv.LeaseGrant]] = Unary("KvStore", "Renew", kv.RenewRequest, kv.LeaseGrant)

@@ -57,6 +57,11 @@ class Channel:
         return self._transport.address
 
     @property
+    def token(self) -> Token | None:
+        """What its calls authenticate with, for other channels to the same mesh."""
+        return self._token
+
+    @property
     def calls(self) -> int:
         """Calls that are open now."""
         return self._calls

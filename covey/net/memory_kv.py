@@ -77,7 +77,7 @@ class MemoryBlockStore:
             raise LeaseExpired("this lease was released", field="lease")
         _check_sizes(held.key, into, "into")
         count = min(len(held.hashes), len(into))
-        reading = Reading([view.cast("B") for view in into[:count]], held.key.shape, ready)
+        reading = Reading([view.cast("B") for view in into[:count]], [held.key.shape] * count, ready)
         self.index.locate(held.grant.lease, (), self._clock.now())
         for layers in reading.passes():
             for block in range(reading.good):
@@ -173,8 +173,8 @@ class MemoryBlockStore:
         except Miss:
             return "the block was taken out"
         data, sums = self._contents(slot)
-        into[:] = memoryview(data)[layers.start : layers.end]
-        is_good = layer_sums(into, layers.last - layers.first) == sums[layers.first : layers.last]
+        into[:] = memoryview(data)[layers.within(slot.shape)]
+        is_good = layer_sums(into, layers.count) == sums[layers.first : layers.last]
         return "" if is_good else "a layer does not have its checksum"
 
     def _contents(self, slot: Placed) -> tuple[bytearray, tuple[int, ...]]:

@@ -278,7 +278,7 @@ class WriteChunk:
     lease: LeaseId = bounded(size=128)
     hash: BlockHash = bounded(size=32)
     offset: int = bounded(low=0)
-    data: bytes = bounded(size=CHUNK_BYTES_MAX)
+    data: bytes | memoryview = bounded(size=CHUNK_BYTES_MAX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,7 +351,7 @@ class BlockChunk:
 
     hash: BlockHash
     offset: int
-    data: bytes
+    data: bytes | memoryview
     checksums: tuple[int, ...] = ()
 
 

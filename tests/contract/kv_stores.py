@@ -31,7 +31,7 @@ from covey.types.store import BlockStore, StoreKey
 CAPACITY_BYTES = 16 << 20
 COOLING_S = 0.2
 BOOT_ID = boot_id()
-KINDS = ("memory", "shm", "grpc")
+KINDS = ("memory", "shm", "grpc", "tcp")
 
 
 class StoreProcess:
@@ -146,7 +146,6 @@ def client_of(process: StoreProcess, channels: Channels, transport: Any, **confi
 
 @asynccontextmanager
 async def process_subject(process: StoreProcess, kind: str) -> AsyncIterator[Subject]:
-    transport = "auto" if kind == "shm" else "grpc"
     async with Channels.open() as channels, Channels.open() as others:
         channel = channels.to(process.address)
 
@@ -163,7 +162,7 @@ async def process_subject(process: StoreProcess, kind: str) -> AsyncIterator[Sub
             await to_thread.run_sync(flip_byte, process.arena, location.offset + 4096 + at)
 
         yield Subject(
-            client_of(process, channels, transport), client_of(process, others, transport), stats, locate, flip, reserve
+            client_of(process, channels, kind), client_of(process, others, kind), stats, locate, flip, reserve
         )
 
 

@@ -123,7 +123,7 @@ def _plain(hint: Any, field: dataclasses.Field[Any], wire: Any) -> st.SearchStra
         return st.integers(low, max(low, high))
     if hint is float:
         return st.floats(max(low, limit.low if limit and limit.low is not None else 0.0), high, allow_nan=False)
-    if hint is bytes:
+    if hint in (bytes, bytes | memoryview):
         return st.binary(max_size=16)
     return st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 

@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from covey.errors import DataCorrupt, Unavailable
 from covey.net.kv.copying import copy_in, copy_out, digest
@@ -77,7 +78,7 @@ class SlotView:
         """Raises `DataCorrupt` when the slot does not hold the block."""
         self._slot = slot
         self._header_bytes = header_bytes(shape)
-        self._start = payload_offset(shape)
+        self._shape = shape
         self._header = bytes(slot[: self._header_bytes])
         self._sums = checked_header(self._header, location, namespace, shape).checksums
 
@@ -87,11 +88,16 @@ class SlotView:
         Raises:
             DataCorrupt: checksum or generation do not fit; the message says which.
         """
-        source = self._slot[self._start + layers.start : self._start + layers.end]
+        source = self._slot[payload_offset(self._shape) :][layers.within(self._shape)]
         if not copy_out(source, into, self._sums[layers.first : layers.last]):
             raise DataCorrupt("a layer does not have its checksum")
         if self._slot[: self._header_bytes] != self._header:
             raise DataCorrupt("the slot was used again during the copy")
+
+
+def stored_shape(location: BlockLocation, shape: BlockShape) -> BlockShape:
+    """Return the geometry of a block's payload as it is encoded."""
+    return replace(shape, size_bytes=location.size_bytes) if location.size_bytes else shape
 
 
 def checked_header(data: bytes, location: BlockLocation, namespace: NamespaceId, shape: BlockShape) -> SlotHeader:
@@ -99,8 +105,9 @@ def checked_header(data: bytes, location: BlockLocation, namespace: NamespaceId,
     if digest(data) != location.digest:
         raise DataCorrupt("the header of a block is damaged")
     header = SlotHeader.unpack(data)
-    expected = (SlotState.COMMITTED, location.generation, namespace, location.hash, shape)
-    if (header.state, header.generation, header.namespace, header.hash, header.shape) != expected:
+    expected = (SlotState.COMMITTED, location.generation, namespace, location.hash, shape, location.codec)
+    found = (header.state, header.generation, header.namespace, header.hash, header.shape, header.codec)
+    if found != expected:
         raise DataCorrupt("the slot holds another block")
     return header
 
@@ -116,6 +123,7 @@ def rebuilt_header(
         hash=location.hash,
         shape=shape,
         checksums=tuple(checksums),
+        codec=location.codec,
     ).pack()
 
 

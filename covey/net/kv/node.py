@@ -13,6 +13,7 @@ from covey.clock import Clock
 from covey.codec.methods import KvStore, Unary
 from covey.errors import CoveyError, DeadlineExceeded, Unavailable
 from covey.net.channels import Channel
+from covey.net.kv.bulk_connection import BulkPool
 from covey.net.kv.mapping import ArenaMapping
 from covey.net.registry import Registry
 from covey.retry import Breaker
@@ -26,6 +27,14 @@ R = TypeVar("R")
 
 OPEN_S = 0.5
 """How long a node that did not answer is left alone."""
+
+WILDCARD_HOSTS = frozenset({"", "0.0.0.0", "::", "[::]"})  # noqa: S104 - what is replaced, not bound
+
+STALL_S = 10.0
+"""How long a bulk channel may stand still in the middle of an exchange."""
+
+BULK_KEPT_MAX = 4
+"""Idle bulk connections that are kept for one node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +91,9 @@ class Node:
         self._timeout_s = timeout_s
         self._breaker = Breaker(failures=1, open_s=OPEN_S)
         self._mapping: ArenaMapping | None = None
-        self._mapped_epoch: int | None = None
-        self._mapping_lock = anyio.Lock()
+        self._bulk: BulkPool | None = None
+        self._known_epoch: int | None = None
+        self._lock = anyio.Lock()
 
     @property
     def channel(self) -> Channel:
@@ -122,12 +132,33 @@ class Node:
 
     async def mapping(self, epoch: int) -> ArenaMapping | None:
         """Return the arena of the node's life `epoch` if it can be mapped here; another life has another file."""
-        if not self._boot_id:
-            return None
-        async with self._mapping_lock:
-            if self._mapped_epoch != epoch:
-                info = await self.call(KvStore.INFO, Empty())
-                # Replaced, not closed: copies out of the old one may still run, and the last of them unmaps it.
-                self._mapping = await to_thread.run_sync(ArenaMapping.open, info, self._boot_id)
-                self._mapped_epoch = epoch
-            return self._mapping
+        await self._learn(epoch)
+        return self._mapping
+
+    async def bulk(self, epoch: int) -> BulkPool | None:
+        """Return connections of the bulk channel of the node's life `epoch`, if it announces one."""
+        await self._learn(epoch)
+        return self._bulk
+
+    async def _learn(self, epoch: int) -> None:
+        async with self._lock:
+            if self._known_epoch == epoch:
+                return
+            info = await self.call(KvStore.INFO, Empty())
+            # Replaced, not closed: copies out of the old one may still run, and the last of them unmaps it.
+            self._mapping = await to_thread.run_sync(ArenaMapping.open, info, self._boot_id) if self._boot_id else None
+            self._bulk = None
+            if info.bulk_address:
+                self._bulk = BulkPool(
+                    self._reachable(info.bulk_address),
+                    self.channel.token,
+                    stall_s=STALL_S,
+                    kept_max=BULK_KEPT_MAX,
+                    clock=self._clock,
+                )
+            self._known_epoch = epoch
+
+    def _reachable(self, address: str) -> str:
+        """Replace a wildcard by the host that the node's calls go to."""
+        host, _, port = address.rpartition(":")
+        return f"{self.where.address.rpartition(':')[0]}:{port}" if host in WILDCARD_HOSTS else address

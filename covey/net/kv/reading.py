@@ -12,12 +12,25 @@ from covey.types.store import Ready
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """Layers `first` up to, not including, `last`, and the bytes that they take in a payload."""
+    """Layers `first` up to, not including, `last`, `of` so many."""
 
     first: int
     last: int
-    start: int
-    end: int
+    of: int
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first
+
+    @property
+    def is_last(self) -> bool:
+        """Whether none is left after these."""
+        return self.last == self.of
+
+    def within(self, shape: BlockShape) -> slice:
+        """Return where they lie in a payload."""
+        size = shape.size_bytes // self.of
+        return slice(self.first * size, self.last * size)
 
 
 class Reading:
@@ -27,9 +40,10 @@ class Reading:
     ends there, and later passes leave it out. `ready` is told of whole layers only, never after a failure.
     """
 
-    def __init__(self, into: Sequence[memoryview], shape: BlockShape, ready: Ready | None = None) -> None:
+    def __init__(self, into: Sequence[memoryview], shapes: Sequence[BlockShape], ready: Ready | None = None) -> None:
+        """`shapes` are those of the blocks as they are stored, and `into` has room for each."""
         self.into = into
-        self.shape = shape
+        self.shapes = shapes
         self.good = len(into)
         """How many leading blocks are good so far."""
         self.fault = ""
@@ -41,16 +55,21 @@ class Reading:
         """Whether the layers come one after another, each over all blocks."""
         return self._ready is not None
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all blocks."""
+        return sum(shape.size_bytes for shape in self.shapes)
+
     def passes(self) -> Iterator[Layers]:
         """Yield what to read, in order; resuming means that it was read and verified."""
-        step = 1 if self.by_layer else self.shape.layers
-        for first in range(0, self.shape.layers, step):
+        layers = self.shapes[0].layers if self.shapes else 0
+        step = 1 if self.by_layer else layers
+        for first in range(0, layers, step):
             if not self.good:
                 return
-            last = first + step
-            yield layer_range(self.shape, first, last)
+            yield Layers(first=first, last=first + step, of=layers)
             if self._ready is not None and self.good == len(self.into):
-                self._ready(last)
+                self._ready(first + step)
 
     def fail(self, block: int, fault: str = "") -> None:
         """End the good prefix before a block."""
@@ -59,12 +78,11 @@ class Reading:
 
     def piece(self, block: int, layers: Layers) -> memoryview:
         """Return where some layers of a block go."""
-        return self.into[block][layers.start : layers.end]
+        return self.into[block][layers.within(self.shapes[block])]
 
 
 def layer_range(shape: BlockShape, first: int, last: int) -> Layers:
-    """Return where layers lie in a payload. Raises `InvalidArgument` for layers that there are not."""
+    """Return layers of a block. Raises `InvalidArgument` for some that there are not."""
     if not 0 <= first < last <= shape.layers:
         raise InvalidArgument(f"a block has {shape.layers} layers", field="last_layer")
-    size = shape.size_bytes // shape.layers
-    return Layers(first=first, last=last, start=first * size, end=last * size)
+    return Layers(first=first, last=last, of=shape.layers)

@@ -25,7 +25,7 @@ class SharedMemory:
         """Copy blocks out of the arena. Raises `LeaseExpired`."""
         copy = _Copy(self._mapping, held, reading)
         for layers in reading.passes():
-            for batch in batches(reading.good, layers.end - layers.start):
+            for batch in batches(reading.good, reading.size_bytes * layers.count // layers.of // len(reading.into)):
                 good, fault = await to_thread.run_sync(copy.read, batch, layers, limiter=self._limiter)
                 held.check()  # after the copy: before this moment nobody else was given the slots
                 if good < len(batch):
@@ -71,6 +71,6 @@ class _Copy:
 
     def _slot(self, block: int) -> SlotView:
         if block == len(self._slots):
-            key = self._held.key
-            self._slots.append(self._mapping.slot(self._held.locations[block], key.namespace, key.shape))
+            location, shape = self._held.locations[block], self._reading.shapes[block]
+            self._slots.append(self._mapping.slot(location, self._held.key.namespace, shape))
         return self._slots[block]

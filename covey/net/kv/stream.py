@@ -9,11 +9,11 @@ from anyio import CapacityLimiter, to_thread
 
 from covey.codec.methods import KvStore
 from covey.errors import DataCorrupt, DeadlineExceeded, Fenced, LeaseExpired, Miss, Unavailable
-from covey.net.kv.copying import checksums, copy, digest, layer_sums
+from covey.net.kv.copying import checksums, copy
 from covey.net.kv.held import StoreHeld
-from covey.net.kv.mapping import rebuilt_header
 from covey.net.kv.reading import Layers, Reading
 from covey.net.kv.transport import batches
+from covey.net.kv.verifying import Verifier
 from covey.types.ids import BlockHash
 from covey.types.kv import CHUNK_BYTES_MAX, BlockChunk, CommitBlock, GetRequest, Grant, WriteChunk
 
@@ -39,14 +39,14 @@ class GrpcStream:
             by_layer=reading.by_layer,
         )
         receiver = _Receiver(held, reading, self._limiter)
-        timeout_s = self._timeout_s * (1 + len(reading.into) * reading.shape.size_bytes // SPAN_BYTES)
+        timeout_s = self._timeout_s * (1 + reading.size_bytes // SPAN_BYTES)
         try:
             async with held.node.channel.stream(KvStore.GET, request, timeout_s=timeout_s) as chunks:
                 await receiver.run(aiter(chunks), self._timeout_s)
         except (LeaseExpired, Fenced) as error:
             raise LeaseExpired("the lease on these blocks has ended; look them up again", field="lease") from error
         except (DataCorrupt, Miss, Unavailable, DeadlineExceeded, TimeoutError):
-            reading.fail(receiver.complete)  # the node knows, or is gone
+            reading.fail(receiver.verifier.complete)  # the node knows, or is gone
 
     async def store(self, held: StoreHeld, grants: Sequence[Grant], data: Sequence[memoryview]) -> list[CommitBlock]:
         """Send blocks. Raises `LeaseExpired`, `Unavailable` and what the node answers."""
@@ -72,61 +72,46 @@ class _Receiver:
     """Puts chunks where they belong and verifies each block's layers once they are whole."""
 
     def __init__(self, held: StoreHeld, reading: Reading, limiter: CapacityLimiter) -> None:
-        self.complete = 0
-        """Leading blocks of which all layers have come."""
+        self.verifier = Verifier(held, reading)
         self._held = held
         self._reading = reading
         self._limiter = limiter
-        self._sums: list[tuple[int, ...]] = []
 
     async def run(self, chunks: AsyncIterator[BlockChunk], stall_s: float) -> None:
         """Receive all passes. Raises what the call fails with, and `TimeoutError` when a chunk does not come."""
         reading = self._reading
         for layers in reading.passes():
             for block in range(len(reading.into)):
-                with anyio.fail_after(stall_s):
-                    await self._receive(chunks, block, layers)
-                if block < reading.good and not await self._is_good(block, layers):
-                    self._held.check()
-                    reading.fail(block, "a layer does not have its checksum")
-                    if not reading.by_layer:
-                        return
-                if layers.last == reading.shape.layers and block < reading.good:
-                    self.complete = block + 1
-                await self._held.advance(1)
+                await self._receive(chunks, block, layers, stall_s)
+                if not await self._settle(block, layers) and not reading.by_layer:
+                    return
 
-    async def _receive(self, chunks: AsyncIterator[BlockChunk], block: int, layers: Layers) -> None:
+    async def _receive(self, chunks: AsyncIterator[BlockChunk], block: int, layers: Layers, stall_s: float) -> None:
         name, into = self._held.hashes[block], self._reading.piece(block, layers)
-        filled = 0
+        start, filled = layers.within(self._reading.shapes[block]).start, 0
         while filled < into.nbytes:
-            chunk = await anext(chunks, None)
-            if chunk is None or chunk.hash != name or chunk.offset != layers.start + filled or not chunk.data:
+            with anyio.fail_after(stall_s):
+                chunk = await anext(chunks, None)
+            if chunk is None or chunk.hash != name or chunk.offset != start + filled or not chunk.data:
                 raise Unavailable("the store did not send what was asked")
             size = len(chunk.data)
             if filled + size > into.nbytes:
                 raise Unavailable("the store sent more than was asked")
             if block < self._reading.good:
                 copy(into[filled : filled + size], memoryview(chunk.data))
-            if block == len(self._sums):
-                self._sums.append(chunk.checksums)
+            if not self.verifier.knows(block):
+                self.verifier.note(chunk.checksums)
             filled += size
+            await self._held.advance(1)
 
-    async def _is_good(self, block: int, layers: Layers) -> bool:
-        held, sums = self._held, self._sums[block]
-        if layers.first == 0:
-            header = rebuilt_header(held.locations[block], held.key.namespace, self._reading.shape, sums)
-            if digest(header) != held.locations[block].digest:
-                return False
-        data, count = self._reading.piece(block, layers), layers.last - layers.first
-        if data.nbytes <= INLINE_BYTES:
-            found = layer_sums(data, count)
-        else:
-            found = await to_thread.run_sync(layer_sums, data, count, limiter=self._limiter)
-        return found == sums[layers.first : layers.last]
+    async def _settle(self, block: int, layers: Layers) -> bool:
+        if self._reading.piece(block, layers).nbytes <= INLINE_BYTES:
+            return self.verifier.settle(block, layers)
+        return await to_thread.run_sync(self.verifier.settle, block, layers, limiter=self._limiter)
 
 
 async def _chunks(held: StoreHeld, blocks: Sequence[tuple[BlockHash, memoryview]]) -> AsyncIterator[WriteChunk]:
     for name, source in blocks:
         for at in range(0, source.nbytes, CHUNK_BYTES_MAX):
-            data = bytes(source[at : at + CHUNK_BYTES_MAX])
+            data = source[at : at + CHUNK_BYTES_MAX]
             yield WriteChunk(tenant=held.key.tenant, lease=held.grant.lease, hash=name, offset=at, data=data)
