@@ -87,11 +87,6 @@ class DiskIndex:
                 return count
         return len(hashes)
 
-    def size_of(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> int:
-        """Return the bytes of those hashes that are here."""
-        rows = (self._row(namespace, name) for name in hashes)
-        return RECORD_ALIGN * sum(self._size[row] for row in rows if row >= 0)
-
     def spot(self, namespace: NamespaceId, name: BlockHash) -> Spot | None:
         """Return where a block's record lies."""
         row = self._row(namespace, name)

@@ -119,6 +119,9 @@ class DiskTier:
             self.index.touch(namespace, hashes[count - 1], self._clock.now())
         return count
 
+    def knows(self, namespace: NamespaceId, name: BlockHash) -> bool:
+        return self.index.spot(namespace, name) is not None
+
     async def remove(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> int:
         found, spots = 0, list[Spot]()
         for name in hashes:
@@ -157,6 +160,10 @@ class DiskTier:
             tier=self.kind, blocks=self.index.blocks, used_bytes=self.index.total_bytes,
             capacity_bytes=self._limits.capacity_bytes, writable=not self.why_read_only,
         )  # fmt: skip
+
+    @property
+    def index_bytes(self) -> int:
+        return self.index.index_bytes
 
     # -- writing -----------------------------------------------------------------
 

@@ -33,17 +33,15 @@ class Engine(Protocol):
 
 
 def check_url(url: str) -> None:
-    """Raises `ConfigError` when no engine serves such a URL."""
+    """Raises `ValueError` when no engine serves such a URL."""
     parts = urlsplit(url)
     scheme = parts.scheme.removesuffix(CLUSTER_SUFFIX)
-    if scheme not in (*REDIS_SCHEMES, "s3") or (parts.scheme != scheme and scheme == "s3"):
-        raise ConfigError(
-            f"an engine's URL starts with {'://, '.join(REDIS_SCHEMES)}:// (or {REDIS_SCHEMES[0]}{CLUSTER_SUFFIX}:// "
-            "and the like) or s3://",
-            field="remote.url",
+    if parts.scheme != "s3" and scheme not in REDIS_SCHEMES:
+        raise ValueError(
+            f"url: starts with {', '.join(REDIS_SCHEMES)} (with {CLUSTER_SUFFIX} for a cluster) or s3, and ://"
         )
     if not parts.hostname:
-        raise ConfigError("the URL names no host or bucket", field="remote.url")
+        raise ValueError("url: names no host or bucket")
 
 
 @asynccontextmanager
@@ -53,7 +51,6 @@ async def open_engine(url: str, *, endpoint: str, credentials: str | None, timeo
     `credentials` is a password, or for S3 `KEY_ID:SECRET`; it goes before what the URL or the environment says.
     Raises `ConfigError`.
     """
-    check_url(url)
     try:
         # A client is imported by those who use one, and in a thread: that takes its time.
         module = await to_thread.run_sync(

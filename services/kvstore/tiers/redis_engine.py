@@ -13,7 +13,6 @@ from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
 from redis.exceptions import RedisError
 
-from covey.config import ConfigError
 from covey.errors import Unavailable
 
 from .engine import CLUSTER_SUFFIX
@@ -58,11 +57,7 @@ class RedisEngine:
 
 @asynccontextmanager
 async def opened(url: str, *, endpoint: str, credentials: str | None, timeout_s: float) -> AsyncIterator[RedisEngine]:
-    """Own a pool of connections for a block. Raises `ConfigError` for an `endpoint`: the URL says it all."""
-    if endpoint:
-        raise ConfigError(
-            "an endpoint belongs to s3://; another engine's host stands in its URL", field="remote.endpoint"
-        )
+    """Own a pool of connections for a block."""
     scheme, rest = url.split("://", 1)
     cluster = scheme.endswith(CLUSTER_SUFFIX)
     scheme = scheme.removesuffix(CLUSTER_SUFFIX).replace("valkeys", "rediss").replace("valkey", "redis")

@@ -24,6 +24,10 @@ PUT_BYTES_MAX = 8 << 20
 """Bytes sent in one call; one block may be larger."""
 FIRST_ASKED = 16
 ASKED_MAX = 1024
+KNOWN_MAX = 65_536
+"""Keys remembered as there, so that what went down is not sent again."""
+KNOWN_BYTES = 200
+"""Of a key and its entry in a dict."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -54,6 +58,7 @@ class RemoteTier:
             failures=limits.breaker_failures, open_s=limits.breaker_open_s, probe_s=2 * limits.timeout_s
         )
         self._calls = anyio.CapacityLimiter(limits.calls_max)
+        self._known: dict[str, None] = {}
 
     # -- the contract ------------------------------------------------------------
 
@@ -70,6 +75,7 @@ class RemoteTier:
         self.counts.gets += 1
         key = _key(namespace, name)
         data = await self._call(lambda: self._engine.get(key), self._limits.timeout_s)
+        self._remember((key,), there=data is not None)
         if data is None:
             return None
         try:
@@ -77,6 +83,7 @@ class RemoteTier:
         except DataCorrupt as error:
             self.counts.quarantined += 1
             log.error("a block of the remote tier is bad: %s; it is gone", error.message)
+            self._remember((key,), there=False)
             await self._call(lambda: self._engine.delete((key,)), self._limits.timeout_s)
             return None
         self.counts.hits += 1
@@ -99,9 +106,13 @@ class RemoteTier:
             count, size = count + len(keys), min(2 * size, ASKED_MAX)
         return count
 
+    def knows(self, namespace: NamespaceId, name: BlockHash) -> bool:
+        return _key(namespace, name) in self._known
+
     async def remove(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> int:
         """Forget the named blocks; what grows from them is not served, for no reader gets past the gap."""
         keys = [_key(namespace, name) for name in hashes]
+        self._remember(keys, there=False)
         return await self._call(lambda: self._engine.delete(keys), self._limits.timeout_s) or 0
 
     async def scrub(self, step: Callable[[], None]) -> int:
@@ -115,6 +126,10 @@ class RemoteTier:
 
     def stats(self) -> kv.TierStats:
         return kv.TierStats(tier=self.kind, writable=self.is_up)
+
+    @property
+    def index_bytes(self) -> int:
+        return KNOWN_BYTES * len(self._known)
 
     @property
     def is_up(self) -> bool:
@@ -132,9 +147,18 @@ class RemoteTier:
         items = {key: await to_thread.run_sync(pack, record) for key, record in missing.items()}
         done = await self._call(lambda: _then_true(self._engine.put(items)), self._limits.timeout_s)
         if done:
+            self._remember(keys, there=True)
             self.counts.puts += len(missing)
             self.counts.put_bytes += sum(len(record.payload) for record in missing.values())
         return bool(done)
+
+    def _remember(self, keys: Sequence[str], *, there: bool) -> None:
+        for key in keys:
+            self._known.pop(key, None)
+            if there:
+                self._known[key] = None
+        while len(self._known) > KNOWN_MAX:
+            del self._known[next(iter(self._known))]
 
     async def _call(self, call: Callable[[], Awaitable[T]], timeout_s: float) -> T | None:
         """Return what the engine answers; None when it is away, late or failing."""

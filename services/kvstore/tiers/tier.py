@@ -55,6 +55,10 @@ class Tier(Protocol):
         """Return how many leading hashes are here in these codecs. An engine that is late answers with fewer."""
         ...
 
+    def knows(self, namespace: NamespaceId, name: BlockHash) -> bool:
+        """Whether a block is here for all that is known without asking an engine; a quick answer that may be stale."""
+        ...
+
     async def remove(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> int:
         """Forget blocks and all that grows from them here; returns how many of the named ones were here."""
         ...
@@ -68,3 +72,8 @@ class Tier(Protocol):
         ...
 
     def stats(self) -> kv.TierStats: ...
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of this node that knowing its blocks takes."""
+        ...
