@@ -36,13 +36,13 @@ _ANSWERS = _split(
 )
 _JOINTS = _split("and but so or then")
 FUNCTION_WORDS = PRONOUNS | _split(
-    "a an the is are was were be been being am do does did done doing have has had having can could will would shall "
-    "should may might must i me my mine we us our of in on at by for with about as to from into onto over under between "
-    "and or but if than then so not no nor what what's which who who's whom whose when where why how your please tell "
-    "show give explain describe let say said know want like just get got go going make makes made some any all many "
-    "much very really also too more most other others another own only even still ever now yes ok okay oh well thanks "
-    "thank interesting wow great mean find you think talk information info something anything everything thing things "
-    "kind sort lot used use"
+    "a an the is are was were be been being am do does did done doing have has had having can could will would "
+    "shall should may might must i me my mine we us our of in on at by for with about as to from into onto over "
+    "under between and or but if than then so not no nor what what's which who who's whom whose when where why how "
+    "your please tell show give explain describe let say said know want like just get got go going make makes made "
+    "some any all many much very really also too more most other others another own only even still ever now yes ok "
+    "okay oh well thanks thank interesting wow great mean find you think talk information info something anything "
+    "everything thing things kind sort lot used use"
 )
 
 

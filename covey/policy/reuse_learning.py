@@ -7,6 +7,7 @@ and fitting alternate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from covey.policy.evidence import FEATURES, Parsed, Rarity, evidence, parse
-from covey.policy.false_hits import wilson
 from covey.policy.reuse_model import DecisionModel, Flags, Floats, fit_weights
 
 Vectors = npt.NDArray[np.float32]
@@ -24,7 +24,7 @@ FIRST_TAU = 0.85
 CANDIDATES = 48
 BLOCK = 512
 FOLDS = 2
-Z_ONE_SIDED = 1.645
+Z_99 = 2.326
 RELAXED_BUDGETS = 2.0
 RIGHT_MIN = 5
 """With fewer right hits to be had in the labelled half, a category is not worth its look-ups."""
@@ -151,8 +151,7 @@ class Replay:
 def learn_decision(questions: Sequence[Labelled], config: LearningConfig = LearningConfig()) -> Learnt:
     """Learn the decision function of one category from its labelled half.
 
-    The cut is chosen on scores of the other fold and with a margin: the upper end of a one-sided 95 % interval of the
-    false hits is within the budget where enough was asked, else half the budget.
+    The cut is chosen on scores of a model that was fitted on the other fold, with the margin of `false_hits_allowed`.
     """
     replay = Replay(questions, config)
     seen: list[_Seen] = []
@@ -170,8 +169,10 @@ def learn_decision(questions: Sequence[Labelled], config: LearningConfig = Learn
     return Learnt(model=model if right >= RIGHT_MIN else None, right=right, false=false, asked=len(replay))
 
 
-def learn_threshold(questions: Sequence[Labelled], taus: Sequence[float], config: LearningConfig) -> tuple[float, int, int]:
-    """Return the threshold with the most right hits within the budget, and its right and false hits; 1.0 if none has."""
+def learn_threshold(
+    questions: Sequence[Labelled], taus: Sequence[float], config: LearningConfig
+) -> tuple[float, int, int]:
+    """Return the threshold with the most right hits within the budget, and its right and false hits (1, 0, 0: none)."""
     replay = Replay(questions, config)
     best = (1.0, 0, 0)
     for tau in sorted(taus):
@@ -183,11 +184,15 @@ def learn_threshold(questions: Sequence[Labelled], taus: Sequence[float], config
 
 
 def false_hits_allowed(asked: int, budget: float) -> int:
-    """How many false hits may be seen so that the budget holds with 95 % confidence; at least half of it."""
-    allowed = int(budget * asked)
-    while allowed > 0 and wilson(allowed, asked, z=Z_ONE_SIDED).high > budget:
+    """How many false hits may be seen so that as many questions again stay within the budget, at 99 % confidence.
+
+    Both counts vary (Poisson), so k is allowed when k + z sqrt(2 k) is within the budget; a third of it always is.
+    """
+    limit = budget * asked
+    allowed = int(limit)
+    while allowed > limit / 3.0 and allowed + Z_99 * math.sqrt(2.0 * allowed) > limit:
         allowed -= 1
-    return max(allowed, int(0.5 * budget * asked))
+    return allowed
 
 
 def _decision(model: DecisionModel | None) -> Decide:

@@ -95,7 +95,9 @@ def fit_weights(features: Floats, right: Flags, *, ridge: float = RIDGE) -> tupl
         weight = np.maximum(chance * (1.0 - chance), TOLERANCE)
         hessian = (design * weight[:, None]).T @ design + np.diag(penalty)
         step = _bounded_step(hessian, gradient, beta)
-        while (new := _loss(design, target, beta + step, penalty)) > loss + TOLERANCE and np.abs(step).max() > TOLERANCE:
+        while (new := _loss(design, target, beta + step, penalty)) > loss + TOLERANCE and np.abs(
+            step
+        ).max() > TOLERANCE:
             step /= 2.0
         beta = beta + step
         beta[1:] = np.maximum(beta[1:], 0.0)

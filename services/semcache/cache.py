@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from random import Random
 
 from covey.clock import Clock
-from covey.errors import CoveyError, InvalidArgument, NoSpace, NotFound
-from covey.policy.reuse import Candidate, CategoryPolicy, ReuseDecision, ReuseMode, ReusePolicy, ReuseView
+from covey.errors import InvalidArgument, NoSpace, NotFound
+from covey.policy.reuse import CategoryPolicy, ReuseMode, ReusePolicy
 from covey.types.generate import FinishReason
 from covey.types.program import CacheOutcome
 from covey.types.semcache import (
@@ -24,50 +24,26 @@ from covey.types.semcache import (
     Verdict,
 )
 
-from .classifier import Classifier
+from .accounts import Accounts, AccountsConfig
 from .encoder import Embedder
-from .entry import LABEL_BITS, Document, Partition, Scope, Shelf, pack_ids, size_of
+from .entry import LABEL_BITS, Document, pack_ids, size_of
+from .finder import CacheLimits, Finder, Finding, Placed, check_query, request_key, shelf_of
 from .library import Filing, Library
 from .metrics import CacheMetrics
+from .rewrite import spelt
+from .shadow import Sample, Sampled
 from .vectors import Vectors
+
+log = logging.getLogger(__name__)
 
 REUSABLE = (FinishReason.STOP, FinishReason.LENGTH)
 """How an answer must have ended to be kept: not in tool calls, whose results change, and not cut off."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheLimits:
-    """Bounds of one look-up and one entry: `neighbours` are considered, `encode_s` is waited for the encoder."""
-
-    neighbours: int = 4
-    encode_s: float = 0.25
-    entry_size_bytes_max: int = 1_048_576
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """What the tables say about a query."""
-
-    category: str
-    decision: ReuseDecision
-    document: Document | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
-    """The category of a query, and its vector where one is needed and could be had (else `why` not)."""
-
-    category: str
-    vector: Vectors | None = None
-    why: str = ""
-
-
 class AnswerCache:
     """Answers look-ups and takes offers; owned by the event loop, all state changes happen between awaits.
 
-    A semantic look-up searches only the shelf of equal tenant, model, category and context key, so no neighbour
-    of another partition can hide one of this one. Encoding and the disk run in threads; an index is searched here, in
-    about 0.2 ms.
+    Encoding and the disk run in threads; an index is searched here, in about 0.2 ms.
     """
 
     def __init__(
@@ -81,23 +57,44 @@ class AnswerCache:
         metrics: CacheMetrics,
         clock: Clock,
         rng: Random,
+        accounts: AccountsConfig | None = None,
+        sample: Sample | None = None,
     ) -> None:
-        """`classifies`: whether unnamed requests are to be classified, by what `learn` will be given."""
+        """`classifies`: whether unnamed requests are to be classified, by what `learn` will be given.
+
+        `sample` takes the semantic hits that are to be judged; without it only users' verdicts are counted.
+        """
         self._library = library
         self._store = library.store
         self._policy = policy
         self._embedder = embedder
-        self._classifies = classifies
-        self._classifier: Classifier | None = None
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
         self._rng = rng
         self._served: dict[CacheOutcome, int] = dict.fromkeys(CacheOutcome, 0)
+        self._accounts = Accounts(policy.categories.values(), accounts or AccountsConfig(), rng)
+        self._sample = sample
+        self._finder = Finder(
+            library,
+            policy,
+            embedder,
+            self._accounts,
+            classifies=classifies,
+            limits=limits,
+            metrics=metrics,
+            clock=clock,
+            rng=rng,
+        )
+
+    @property
+    def accounts(self) -> Accounts:
+        """What each category has done so far."""
+        return self._accounts
 
     def learn(self, examples: Mapping[str, list[Vectors]], *, floor: float) -> None:
         """Start to classify requests by these examples."""
-        self._classifier = Classifier(examples, floor=floor)
+        self._finder.learn(examples, floor=floor)
 
     async def lookup(self, query: CacheQuery, *, timeout_s: float) -> CacheReply:
         """Return the answer that may stand for a new one, if there is any.
@@ -105,11 +102,12 @@ class AnswerCache:
         Never waits longer than the encoder's share of `timeout_s`: late is a miss. Raises `InvalidArgument`.
         """
         began = self._clock.now()
-        finding = await self._find(query, timeout_s)
+        finding = await self._finder.find(query, timeout_s)
         now = self._clock.now()
         outcome = finding.decision.outcome
         self._served[outcome] += 1
         self._metrics.lookup(outcome, finding.category, now - began)
+        self._account(query, finding, now - began, now)
         if finding.document is None:
             return CacheReply(outcome=outcome, category=finding.category, similarity=finding.decision.similarity)
         self._store.touch(finding.document.label, now)
@@ -118,16 +116,49 @@ class AnswerCache:
             category=finding.category,
             similarity=finding.decision.similarity,
             answer=finding.document.replay(now),
+            relaxed=finding.decision.relaxed,
         )
+
+    def _account(self, query: CacheQuery, finding: Finding, overhead_s: float, now: float) -> None:
+        """Count a look-up, and let a sampled semantic hit be judged."""
+        account, decision = self._accounts[finding.category], finding.decision
+        account.lookups += 1
+        if not finding.text:  # no semantic look-up
+            return
+        hit = decision.outcome is CacheOutcome.SEMANTIC
+        self._accounts.looked_up(finding.category, request_key(query), hit=hit, overhead_s=overhead_s, now=now)
+        self._metrics.suspended(finding.category, is_suspended=account.break_even.is_suspended)
+        if finding.document is None:
+            return
+        if decision.relaxed:
+            self._metrics.relaxed(finding.category)
+            log.info("only load allowed a hit category=%s %s", finding.category, decision.why)
+        entry = finding.document
+        is_sampled = self._accounts.served(finding.category, entry.id, decision.similarity, relaxed=decision.relaxed)
+        if is_sampled and self._sample is not None:
+            self._sample(
+                Sampled(
+                    category=finding.category,
+                    entry=entry.id,
+                    asked=finding.text,
+                    stored=entry.text,
+                    answer=entry.answer,
+                )
+            )
+
+    def judged(self, sampled: Sampled, *, right: bool) -> None:
+        """Take the judge's verdict on a sampled hit: it moves the estimate, and removes nothing."""
+        self._accounts.verdict(sampled.category, sampled.entry, wrong=not right)
+        self._metrics.judged(sampled.category, self._accounts[sampled.category].estimate())
 
     async def explain(self, query: CacheQuery, *, timeout_s: float) -> CacheExplanation:
         """Say what `lookup` would do now and why; counts and touches nothing."""
-        finding = await self._find(query, timeout_s)
+        finding = await self._finder.find(query, timeout_s, is_dry=True)
         policy = self._policy.category(finding.category)
         return CacheExplanation(
             category=policy.name,
-            mode=policy.mode.value,
-            threshold=policy.tau,
+            mode=self._accounts[policy.name].mode.value,
+            threshold=policy.model.cut if policy.model is not None else policy.tau,
             ttl_s=policy.ttl_s,
             similarity=finding.decision.similarity,
             entry=finding.decision.entry,
@@ -136,10 +167,14 @@ class AnswerCache:
 
     async def offer(self, offer: CacheOffer, *, timeout_s: float) -> OfferReply:
         """Keep an answer if its category's policy wants it; raises `InvalidArgument`."""
-        _check(offer.query)
+        check_query(offer.query)
         token_ids = pack_ids(offer.ids)
-        placed = await self._place(offer.query, timeout_s)
+        query = spelt(offer.query)
+        placed = await self._finder.place(query, timeout_s)
         policy = self._policy.category(placed.category)
+        self._accounts.answered(policy.name, request_key(offer.query), self._clock.now())
+        if same := self._finder.explored_same(policy, query, offer.text):
+            return OfferReply(stored=False, why=f"entry {same} gives the same answer, and gained by it")
         vector = placed.vector if policy.mode is ReuseMode.SEMANTIC else None
         size_bytes = size_of(offer, len(vector) if vector is not None else 0)
         why = self._refusal(offer, policy, placed, size_bytes)
@@ -149,10 +184,10 @@ class AnswerCache:
         now = self._clock.now()
         document = Document(
             label=self._rng.getrandbits(LABEL_BITS),
-            shelf=Shelf(_partition(offer.query, policy.name), offer.query.context_key),
+            shelf=shelf_of(query, policy),
             asked_category=offer.query.category,
             exact_key=offer.query.exact_key,
-            text=offer.query.text,
+            text=query.text,
             answer=offer.text,
             token_ids=token_ids,
             reason=offer.reason,
@@ -167,7 +202,14 @@ class AnswerCache:
         )
         try:
             filed = await self._library.put(
-                [Filing(document=document, vector=vector, quota_entries=policy.quota_entries)]
+                [
+                    Filing(
+                        document=document,
+                        vector=vector,
+                        quota_entries=policy.quota_entries,
+                        quota_bytes=policy.quota_bytes,
+                    )
+                ]
             )
         except NoSpace as error:
             return OfferReply(stored=False, why=error.message)
@@ -184,6 +226,10 @@ class AnswerCache:
         entry = self._store.get(request.tenant, request.entry)
         if entry is None:
             raise NotFound("there is no such entry (any more)", field="entry")
+        if category := self._accounts.was_served(request.entry):
+            wrong, stale = request.verdict is Verdict.WRONG, request.verdict is Verdict.STALE
+            self._accounts.verdict(category, request.entry, wrong=wrong, stale=stale)
+            self._metrics.judged(category, self._accounts[category].estimate())
         if request.verdict is not Verdict.RIGHT:
             await self._library.remove((entry.label,))
             self._metrics.removed(1, request.verdict.value.lower())
@@ -209,84 +255,16 @@ class AnswerCache:
             semantic_hits=self._served[CacheOutcome.SEMANTIC],
             misses=self._served[CacheOutcome.MISS],
             encoder_ready=self._embedder.ready,
+            categories=self._accounts.stats(self._by_category()),
         )
 
-    async def _find(self, query: CacheQuery, timeout_s: float) -> Finding:
-        _check(query)
-        named = self._policy.category(query.category)
-        exact = await self._equal(query) if query.exact_key else None
-        view = ReuseView(
-            category=exact.shelf.partition.category if exact is not None else named.name,
-            text=query.text,
-            max_age_s=query.max_age_s,
-            exact=exact.candidate() if exact is not None else None,
-            searched_exact=bool(query.exact_key),
-        )
-        decision = self._policy.choose(view, self._clock.now())
-        if decision.serves:
-            return Finding(category=view.category, decision=decision, document=exact)
-        placed = await self._place(query, timeout_s)
-        policy = self._policy.category(placed.category)
-        if policy.mode is not ReuseMode.SEMANTIC or placed.vector is None:
-            if policy.mode is ReuseMode.OFF:
-                decision = self._policy.choose(ReuseView(category=policy.name), self._clock.now())
-            elif placed.why:
-                decision = ReuseDecision(outcome=decision.outcome, why=f"{decision.why}; {placed.why}")
-            return Finding(category=policy.name, decision=decision, document=None)
-        return await self._find_similar(query, policy, placed.vector)
-
-    async def _find_similar(self, query: CacheQuery, policy: CategoryPolicy, vector: Vectors) -> Finding:
-        shelf = Shelf(_partition(query, policy.name), query.context_key)
-        found = await self._store.nearest(shelf, vector, self._limits.neighbours)
-        documents = await self._library.fetch([held.label for held, similarity in found if similarity >= policy.tau])
-        nearest = tuple(
-            documents[held.label].candidate(similarity)
-            if held.label in documents
-            else Candidate(entry=held.id, text="", stored_at=held.stored_at, similarity=similarity)
-            for held, similarity in found
-            if similarity < policy.tau or held.label in documents
-        )
-        view = ReuseView(
-            category=policy.name,
-            text=query.text,
-            max_age_s=query.max_age_s,
-            nearest=nearest,
-            searched_exact=bool(query.exact_key),
-            searched_semantic=True,
-        )
-        decision = self._policy.choose(view, self._clock.now())
-        served = next((d for d in documents.values() if decision.serves and d.id == decision.entry), None)
-        return Finding(category=policy.name, decision=decision, document=served)
-
-    async def _equal(self, query: CacheQuery) -> Document | None:
-        """The document of an equal request, stale or not."""
-        scope = _scope(query)
-        held = self._store.exact(scope, query.category, query.exact_key)
-        document = (await self._library.fetch((held.label,))).get(held.label) if held is not None else None
-        return document if document is not None and document.answers(scope, query.category, query.exact_key) else None
-
-    async def _place(self, query: CacheQuery, timeout_s: float) -> Placed:
-        """Find the category and, if the semantic tier or the classifier needs it, the vector."""
-        named = self._policy.category(query.category)
-        unnamed = not query.category and self._classifies
-        if not query.text or not (unnamed or named.mode is ReuseMode.SEMANTIC):
-            return Placed(category=named.name)
-        if not self._embedder.ready or (unnamed and self._classifier is None):
-            self._metrics.unencoded("not_ready")
-            why = self._embedder.unready_why or "the categories are still being learnt"
-            return Placed(category=named.name, why=why)
-        try:
-            budget_s = min(self._limits.encode_s, 0.8 * timeout_s)
-            encoded = await self._embedder.one(query.tenant, query.text, timeout_s=budget_s)
-        except CoveyError as error:  # the request goes on without the cache, whatever ails the encoder
-            self._metrics.unencoded("late")
-            return Placed(category=named.name, why=f"the encoder gave no vector: {error.message}")
-        if encoded.vector is None:
-            self._metrics.unencoded("too_long")
-            return Placed(category=named.name, why=f"the text of {encoded.tokens} tokens is too long for the encoder")
-        if unnamed and self._classifier is not None:
-            return Placed(category=self._classifier.classify(encoded.vector), vector=encoded.vector)
-        return Placed(category=named.name, vector=encoded.vector)
+    def _by_category(self) -> dict[str, tuple[int, int]]:
+        """Entries and bytes of each category."""
+        sums: dict[str, tuple[int, int]] = {}
+        for partition, entries, size_bytes in self._store.holdings():
+            before = sums.get(partition.category, (0, 0))
+            sums[partition.category] = (before[0] + entries, before[1] + size_bytes)
+        return sums
 
     def _refusal(self, offer: CacheOffer, policy: CategoryPolicy, placed: Placed, size_bytes: int) -> str:
         semantic = policy.mode is ReuseMode.SEMANTIC and placed.vector is not None
@@ -301,18 +279,3 @@ class AnswerCache:
         if not (offer.query.exact_key or semantic):
             return placed.why or f"category {policy.name} reuses equal requests only, and this one has no exact key"
         return ""
-
-
-def _check(query: CacheQuery) -> None:
-    if not query.tenant:
-        raise InvalidArgument("a query needs its tenant", field="tenant")
-    if not query.model:
-        raise InvalidArgument("a query needs its model", field="model")
-
-
-def _scope(query: CacheQuery) -> Scope:
-    return Scope(query.tenant, query.model)
-
-
-def _partition(query: CacheQuery, category: str) -> Partition:
-    return Partition(_scope(query), category)

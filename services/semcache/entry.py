@@ -102,7 +102,13 @@ class Document:
 
     def candidate(self, similarity: float = 1.0) -> Candidate:
         """What the policy sees of this entry."""
-        return Candidate(entry=self.id, text=self.text, stored_at=self.stored_at, similarity=similarity)
+        return Candidate(
+            entry=self.id,
+            text=self.text,
+            stored_at=self.stored_at,
+            similarity=similarity,
+            answer=answer_hash(self.answer),
+        )
 
     def replay(self, now: float) -> CachedAnswer:
         """The answer as the gateway replays it."""
@@ -115,6 +121,11 @@ class Document:
             completion_tokens=self.completion_tokens,
             age_s=max(0.0, now - self.stored_at),
         )
+
+
+def answer_hash(answer: str) -> int:
+    """Equal for equal answers within this process, never 0; a string computes its own once."""
+    return hash(answer) or 1
 
 
 def entry_id(label: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from covey.policy.false_hits import Estimate
 from covey.telemetry import Metrics
 from covey.types.program import CacheOutcome
 
@@ -27,6 +28,19 @@ class CacheMetrics:
             buckets=(0.1, 0.5, 1, 5, 10, 30, 60, 300),
         )
         self._built_entries = metrics.counter("semcache_generation_entries", "Entries built into index generations")
+        self._relaxed = metrics.counter("semcache_relaxed_hits", "Hits that only load allowed", ["category"])
+        self._false = metrics.gauge(
+            "semcache_false_hit_share",
+            "Estimated share of wrong semantic hits, and its 95 % interval",
+            ["category", "at"],
+        )
+        self._judged = metrics.counter("semcache_judged", "Verdicts on semantic hits", ["category"])
+        self._suspended = metrics.gauge(
+            "semcache_suspended", "Whether a category's look-ups do not pay for themselves", ["category"]
+        )
+        self._flights = metrics.counter(
+            "semcache_flights", "Requests that shared one computation, by what became of it", ["result"]
+        )
         self._entries = metrics.gauge("semcache_entries", "Entries held")
         self._bytes = metrics.gauge("semcache_bytes", "Bytes accounted to entries")
         self._encoder = metrics.gauge("semcache_encoder_ready", "Whether the encoder has loaded")
@@ -41,12 +55,26 @@ class CacheMetrics:
     def removed(self, count: int, cause: str) -> None:
         self._removals.labels(cause=cause).inc(count)
 
+    def flight(self, result: str) -> None:
+        self._flights.labels(result=result).inc()
+
     def built(self, entries: int, seconds: float) -> None:
         self._built.observe(seconds)
         self._built_entries.inc(entries)
 
     def unencoded(self, cause: str) -> None:
         self._unencoded.labels(cause=cause).inc()
+
+    def relaxed(self, category: str) -> None:
+        self._relaxed.labels(category=category).inc()
+
+    def judged(self, category: str, estimate: Estimate) -> None:
+        self._judged.labels(category=category).inc()
+        for at, value in (("estimate", estimate.share), ("low", estimate.low), ("high", estimate.high)):
+            self._false.labels(category=category, at=at).set(value)
+
+    def suspended(self, category: str, *, is_suspended: bool) -> None:
+        self._suspended.labels(category=category).set(is_suspended)
 
     def level(self, *, entries: int, size_bytes: int, encoder_ready: bool) -> None:
         self._entries.set(entries)

@@ -17,9 +17,12 @@ from covey.policy.reuse import ReusePolicy
 from covey.runtime import Runtime
 from covey.types.generate import Role
 
-from .cache import AnswerCache, CacheLimits
+from .cache import AnswerCache
 from .config import Config
+from .desk import Desk
 from .encoder import Embedder, Encode, Encoder, EncoderStatus
+from .finder import CacheLimits
+from .flights import open_flights
 from .learning import learn_categories
 from .metrics import CacheMetrics
 from .minilm import PACKAGED, SentenceModel, find_model, fingerprint, verify
@@ -64,8 +67,9 @@ async def serve(config: Config, rt: Runtime) -> None:
             clock=rt.clock,
             rng=rt.rng,
         )
+        desk = Desk(cache, open_flights(config, rt.clock, rt.rng, metrics))
         servicer = SemCacheServicer(
-            cache,
+            desk,
             embedder,
             model=model,
             embed_batch=config.encode_batch,

@@ -20,10 +20,13 @@ from covey.telemetry import Metrics
 from covey.types.generate import FinishReason
 from covey.types.ids import TenantId
 from covey.types.semcache import CacheOffer, CacheQuery
-from services.semcache.cache import AnswerCache, CacheLimits
+from services.semcache.cache import AnswerCache
 from services.semcache.config import CategoryConfig, Config
+from services.semcache.desk import Desk
 from services.semcache.documents import Documents, MemoryDocuments
 from services.semcache.encoder import Embedder, Encode, Encoder, EncoderStatus, Phase
+from services.semcache.finder import CacheLimits
+from services.semcache.flights import open_flights
 from services.semcache.learning import learn_categories
 from services.semcache.library import Library
 from services.semcache.metrics import CacheMetrics
@@ -66,6 +69,7 @@ class Parts:
     """What a test may look into."""
 
     cache: AnswerCache
+    desk: Desk
     store: Store
     library: Library
     embedder: Embedder
@@ -130,12 +134,14 @@ async def running_cache(
             while status.phase is Phase.LOADING:
                 await anyio.sleep(0.01)
             await learn_categories(config.examples(), embedder, cache, floor=config.classify_floor, log=log)
+        desk = Desk(cache, open_flights(config, clock, Random(8), instruments))
         yield Parts(
+            desk=desk,
             cache=cache,
             store=library.store,
             library=library,
             embedder=embedder,
-            servicer=SemCacheServicer(cache, embedder, model="all-MiniLM-L6-v2", embed_batch=8, embed_wait_s=5.0),
+            servicer=SemCacheServicer(desk, embedder, model="all-MiniLM-L6-v2", embed_batch=8, embed_wait_s=5.0),
             upkeep=Upkeep(library, embedder, instruments, clock, every_s=config.sweep_s),
             status=status,
             metrics=metrics,
