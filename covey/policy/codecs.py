@@ -47,12 +47,7 @@ def settled(parents: Iterable[tuple[BlockHash, BlockHash]], recent_blocks: int) 
     A block is recent while fewer than `recent_blocks` blocks grow from it, one from the other.
     """
     parent_of = dict(parents)
-    below = dict.fromkeys(parent_of, 0)
-    layer = parent_of.keys() - parent_of.values()
-    for height in range(1, recent_blocks + 1):
-        layer = {parent_of[name] for name in layer if parent_of[name] in parent_of}
-        for name in layer:
-            below[name] = height
-        if not layer:
-            break
-    return frozenset(name for name, height in below.items() if height >= recent_blocks)
+    found = frozenset(parent_of)
+    for _ in range(recent_blocks):
+        found = frozenset(parent_of[name] for name in found) & parent_of.keys()
+    return found
