@@ -64,6 +64,12 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     classify_floor: float = 0.3
     """Least similarity to a category's examples; farther requests are `general`."""
     sweep_s: float = 1.0
+    flights_max: int = 4096
+    """Different requests that others may wait for at a time."""
+    flight_waiting_max: int = 256
+    """Requests that wait for one other; more compute their answers themselves."""
+    flight_lease_s: float = 60.0
+    """A request that others wait for is given up when it has not answered for so long."""
     categories: dict[str, CategoryConfig] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,6 +88,9 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
             "encode_s",
             "embed_wait_s",
             "sweep_s",
+            "flights_max",
+            "flight_waiting_max",
+            "flight_lease_s",
         ):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be over 0")

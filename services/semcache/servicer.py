@@ -8,6 +8,7 @@ from covey.net.rpc import Call, Handlers
 from covey.types.common import Empty
 from covey.types.program import EmbedReply, EmbedRequest, Vector
 from covey.types.semcache import (
+    AbandonRequest,
     CacheExplanation,
     CacheOffer,
     CacheQuery,
@@ -19,7 +20,7 @@ from covey.types.semcache import (
     OfferReply,
 )
 
-from .cache import AnswerCache
+from .desk import Desk
 from .encoder import Embedder
 from .minilm import Encoded
 
@@ -32,10 +33,9 @@ INPUTS_MAX = 1024
 class SemCacheServicer:
     """Handlers of the service `SemCache`."""
 
-    def __init__(
-        self, cache: AnswerCache, embedder: Embedder, *, model: str, embed_batch: int, embed_wait_s: float
-    ) -> None:
-        self._cache = cache
+    def __init__(self, desk: Desk, embedder: Embedder, *, model: str, embed_batch: int, embed_wait_s: float) -> None:
+        self._desk = desk
+        self._cache = desk.cache
         self._embedder = embedder
         self._model = model
         self._embed_batch = embed_batch
@@ -51,13 +51,18 @@ class SemCacheServicer:
             SemCache.EXPLAIN: self.explain,
             SemCache.EMBED: self.embed,
             SemCache.STATS: self.stats,
+            SemCache.ABANDON: self.abandon,
         }
 
     async def lookup(self, request: CacheQuery, call: Call) -> CacheReply:
-        return await self._cache.lookup(request, timeout_s=call.remaining_s())
+        return await self._desk.lookup(request, timeout_s=call.remaining_s())
 
     async def offer(self, request: CacheOffer, call: Call) -> OfferReply:
-        return await self._cache.offer(request, timeout_s=call.remaining_s())
+        return await self._desk.offer(request, timeout_s=call.remaining_s())
+
+    async def abandon(self, request: AbandonRequest, call: Call) -> Empty:
+        self._desk.abandon(request)
+        return Empty()
 
     async def explain(self, request: CacheQuery, call: Call) -> CacheExplanation:
         return await self._cache.explain(request, timeout_s=call.remaining_s())
