@@ -26,7 +26,7 @@ from covey.net.call import (
     services_of,
 )
 from covey.net.dispatcher import Dispatcher
-from covey.net.grpc_transport import PING_OPTIONS, limit_options
+from covey.net.grpc_transport import PING_OPTIONS, WINDOW_OPTIONS, limit_options
 from covey.net.health import HEALTH_SERVICE, Health
 
 CALLS_MAX: Final = 4096
@@ -36,6 +36,7 @@ CANCELLED_GRACE_S: Final = 1.0
 """What cancelled handlers get to run their `finally` blocks once the grace period is over."""
 SERVER_OPTIONS: Final = (
     *PING_OPTIONS,
+    *WINDOW_OPTIONS,
     # Our clients ping each second: without these a server answers with GOAWAY "too many pings".
     ("grpc.http2.min_ping_interval_without_data_ms", 250),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 250),

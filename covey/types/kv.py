@@ -12,7 +12,7 @@ from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId, WorkerId
 from covey.types.limits import bounded
 
 HASHES_MAX = 65536
-CHUNK_BYTES_MAX = 1_048_576
+CHUNK_BYTES_MAX = 2 * 1024 * 1024
 LEASE_TTL_MAX_S = 600.0
 
 

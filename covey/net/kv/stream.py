@@ -24,10 +24,11 @@ INLINE_BYTES = 4 * 1024 * 1024
 
 
 class GrpcStream:
-    """Reads and writes over gRPC. A chunk that takes `timeout_s` to come ends a load."""
+    """Reads and writes over gRPC. A chunk that takes `stall_s` to come ends a load."""
 
-    def __init__(self, *, timeout_s: float, limiter: CapacityLimiter) -> None:
+    def __init__(self, *, timeout_s: float, stall_s: float, limiter: CapacityLimiter) -> None:
         self._timeout_s = timeout_s
+        self._stall_s = stall_s
         self._limiter = limiter
 
     async def load(self, held: StoreHeld, reading: Reading) -> None:
@@ -42,7 +43,7 @@ class GrpcStream:
         timeout_s = self._timeout_s * (1 + reading.size_bytes // SPAN_BYTES)
         try:
             async with held.node.channel.stream(KvStore.GET, request, timeout_s=timeout_s) as chunks:
-                await receiver.run(aiter(chunks), self._timeout_s)
+                await receiver.run(aiter(chunks), self._stall_s)
         except (LeaseExpired, Fenced) as error:
             raise LeaseExpired("the lease on these blocks has ended; look them up again", field="lease") from error
         except (DataCorrupt, Miss, Unavailable, DeadlineExceeded, TimeoutError):
@@ -52,20 +53,30 @@ class GrpcStream:
         """Send blocks. Raises `LeaseExpired`, `Unavailable` and what the node answers."""
         done: list[CommitBlock] = []
         shape = held.key.shape
-        for batch in batches(len(grants), shape.size_bytes):
-            held.check()
-            upload = _chunks(held, [(grants[i].hash, data[i]) for i in batch])
+        for batch in batches(len(grants), shape.size_bytes, SPAN_BYTES):
+            upload = self._upload(held, [(grants[i].hash, data[i]) for i in batch], done)
             try:
                 reply = await held.node.channel.upload(KvStore.WRITE, upload, timeout_s=self._timeout_s)
             except DeadlineExceeded as error:
                 raise Unavailable("the store did not take the blocks in time") from error
             if reply.size_bytes != len(batch) * shape.size_bytes:
                 raise Unavailable("the store took only a part of what was sent")
-            for i in batch:
-                sums = await to_thread.run_sync(checksums, data[i], shape, limiter=self._limiter)
-                done.append(CommitBlock(hash=grants[i].hash, checksums=sums))
-            await held.advance(len(batch))
         return done
+
+    async def _upload(
+        self, held: StoreHeld, blocks: Sequence[tuple[BlockHash, memoryview]], done: list[CommitBlock]
+    ) -> AsyncIterator[WriteChunk]:
+        """Yield blocks in chunks, and note what is to be committed. Raises `LeaseExpired`."""
+        for name, source in blocks:
+            for at in range(0, source.nbytes, CHUNK_BYTES_MAX):
+                data = source[at : at + CHUNK_BYTES_MAX]
+                yield WriteChunk(tenant=held.key.tenant, lease=held.grant.lease, hash=name, offset=at, data=data)
+                await held.advance(1)
+            if source.nbytes <= INLINE_BYTES:
+                sums = checksums(source, held.key.shape)
+            else:
+                sums = await to_thread.run_sync(checksums, source, held.key.shape, limiter=self._limiter)
+            done.append(CommitBlock(hash=name, checksums=sums))
 
 
 class _Receiver:
@@ -108,10 +119,3 @@ class _Receiver:
         if self._reading.piece(block, layers).nbytes <= INLINE_BYTES:
             return self.verifier.settle(block, layers)
         return await to_thread.run_sync(self.verifier.settle, block, layers, limiter=self._limiter)
-
-
-async def _chunks(held: StoreHeld, blocks: Sequence[tuple[BlockHash, memoryview]]) -> AsyncIterator[WriteChunk]:
-    for name, source in blocks:
-        for at in range(0, source.nbytes, CHUNK_BYTES_MAX):
-            data = source[at : at + CHUNK_BYTES_MAX]
-            yield WriteChunk(tenant=held.key.tenant, lease=held.grant.lease, hash=name, offset=at, data=data)

@@ -25,8 +25,8 @@ class Transport(Protocol):
         ...
 
 
-def batches(count: int, each_bytes: int) -> Iterator[range]:
-    """Yield runs of blocks, each of about `BATCH_BYTES` and at least one block."""
-    size = max(1, BATCH_BYTES // each_bytes)
+def batches(count: int, each_bytes: int, batch_bytes: int = BATCH_BYTES) -> Iterator[range]:
+    """Yield runs of blocks, each of about `batch_bytes` and at least one block."""
+    size = max(1, batch_bytes // each_bytes)
     for start in range(0, count, size):
         yield range(start, min(count, start + size))
