@@ -73,6 +73,13 @@ class StoreProcess:
             self.stop()
             raise AssertionError((self._directory / "kvstore.log").read_text())
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
         assert self._process is not None

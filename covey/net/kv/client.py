@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
-
-import anyio
-from anyio import CapacityLimiter
 
 from covey.clock import Clock
 from covey.codec.methods import KvStore
-from covey.errors import CoveyError, Fenced, InvalidArgument, LeaseExpired, Miss, Pending, Unavailable
+from covey.errors import CoveyError, InvalidArgument, LeaseExpired, Miss, Pending, Unavailable
+from covey.net.kv.access import Access
+from covey.net.kv.config import KvClientConfig
 from covey.net.kv.held import NothingHeld, StoreHeld, enter
 from covey.net.kv.node import ChannelSource, Node, StoreNode
 from covey.net.kv.partial import Partial
-from covey.net.kv.reading import Reading
 from covey.net.kv.ring import Ring, RingSettings, no_ring
-from covey.net.kv.shared import SharedMemory
-from covey.net.kv.stream import GrpcStream
-from covey.net.kv.transport import Transport
-from covey.types.ids import BlockHash
-from covey.types.kv import (
-    BlockKey,
-    CommitRequest,
-    GrantStatus,
-    LookupRequest,
-    PinKind,
-    PinRequest,
-    QuarantineRequest,
-    ReserveReply,
-    ReserveRequest,
-    RingVersion,
-)
+from covey.types.ids import BlockHash, WorkerId
+from covey.types.kv import BlockKey, PinKind, PinRequest, ReserveRequest, RingVersion
 from covey.types.store import Held, Ready, StoreKey
-
-PENDING_WAIT_S = 0.02
-"""Between two looks at a block that another writer fills."""
 
 LOADER = "load"
 """Owner of the lease under which blocks of a writer's lease or a pin are read."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvClientConfig:
-    """How a client reaches the store. `grpc` never maps arenas; `auto` does where it can."""
-
-    transport: Literal["auto", "grpc"] = "auto"
-    call_timeout_s: float = 1.0
-    transfer_timeout_s: float = 60.0
-    nodes_tried: int = 2
-    """How many nodes, in a chain's order of preference, an operation asks when they do not answer."""
-    roots_max: int = 65_536
-    """Blocks whose chain is remembered, so that a later part of a chain goes where its start is."""
-    settling_s: float = 30.0
-    """How long after a change of the ring, or a node's silence, blocks are also looked for where they were before."""
-    copies_max: int = 2
-    """Threads that copy at a time."""
 
 
 class KvClient:
@@ -77,7 +39,7 @@ class KvClient:
             nodes,
             channels,
             clock=clock,
-            boot_id=boot_id if self._config.transport == "auto" else "",
+            boot_id=boot_id if self._config.transport in {"auto", "shm"} else "",
             agreed=agreed,
             settings=RingSettings(
                 timeout_s=self._config.call_timeout_s,
@@ -86,7 +48,7 @@ class KvClient:
                 settling_s=self._config.settling_s,
             ),
         )
-        self._copies = CapacityLimiter(self._config.copies_max)
+        self._access = Access(self._config, clock)
 
     # -- BlockStore --------------------------------------------------------------
 
@@ -97,7 +59,7 @@ class KvClient:
         root = self._ring.root(key.namespace, hashes[0])
         for node in self._ring.readers(key.namespace, root):
             try:
-                held = await self._lookup_at(node, key, tuple(hashes), owner, ttl_s)
+                held = await self._access.lookup(node, key, tuple(hashes), owner, ttl_s)
             except Unavailable:
                 self._ring.unsettle()
                 continue
@@ -123,7 +85,7 @@ class KvClient:
         partial = Partial(held, buffers, ready)
         expired: LeaseExpired | None = None
         try:
-            await self._load_from(held, partial)
+            await self._access.load(held, partial)
         except LeaseExpired as error:
             expired = error
         if not partial.is_whole:
@@ -146,20 +108,12 @@ class KvClient:
         if not blocks:
             return NothingHeld()
         buffers = [_flat(view, key.shape.size_bytes, f"data[{i}]") for i, view in enumerate(data)]
-        request = ReserveRequest(
-            tenant=key.tenant,
-            namespace=key.namespace,
-            blocks=tuple(blocks),
-            shape=key.shape,
-            owner=owner,
-            ttl_s=ttl_s,
-            private=private,
-        )
+        request = _reserve_request(key, blocks, owner, ttl_s, private=private)
         root = self._ring.root(key.namespace, blocks[0].parent or blocks[0].hash)
         problem: CoveyError = Unavailable("no kvstore takes blocks")
         for node in self._ring.writers(key.namespace, root):
             try:
-                held = await self._store_at(node, key, request, buffers)
+                held = await self._access.store(node, key, request, buffers)
             except Unavailable as error:
                 self._ring.unsettle()
                 problem = error
@@ -205,9 +159,32 @@ class KvClient:
 
     # -- one node ----------------------------------------------------------------
 
+    async def lookup_on(
+        self, worker: WorkerId, key: StoreKey, hashes: Sequence[BlockHash], *, owner: str, ttl_s: float
+    ) -> Held:
+        """Lease the longest prefix that one node has; it is read as any other. Raises `Unavailable`."""
+        held = await self._access.lookup(self._at(worker), key, tuple(hashes), owner, ttl_s)
+        return NothingHeld() if held is None else held
+
+    async def store_on(
+        self, worker: WorkerId, key: StoreKey, blocks: Sequence[BlockKey], data: Sequence[memoryview], *, owner: str,
+        ttl_s: float,
+    ) -> Held:  # fmt: skip
+        """Write blocks to one node. Raises `Unavailable`, `NoSpace`, `QuotaExceeded`, `Pending`, and `Miss` when it
+        does not have what they grow from; then nothing stays reserved.
+        """
+        request = _reserve_request(key, blocks, owner, ttl_s, private=False)
+        return await self._access.store(self._at(worker), key, request, data)
+
+    def _at(self, worker: WorkerId) -> Node:
+        node = self._ring.node(worker)
+        if node is None:
+            raise Unavailable(f"kvstore {worker} is not there")
+        return node
+
     async def _load_anew(self, held: StoreHeld, into: Sequence[memoryview], ready: Ready | None) -> int:
         try:
-            reader = await self._lookup_at(held.node, held.key, held.hashes, LOADER, held.grant.ttl_s)
+            reader = await self._access.lookup(held.node, held.key, held.hashes, LOADER, held.grant.ttl_s)
         except Unavailable:
             return 0
         if reader is None:
@@ -216,20 +193,6 @@ class KvClient:
             return await self.load(reader, into, ready=ready)
         finally:
             await reader.release()
-
-    async def _load_from(self, held: StoreHeld, partial: Partial) -> None:
-        """Read what is missing, as far as this lease covers it. Raises `LeaseExpired`."""
-        buffers = partial.buffers(len(held.hashes))
-        reading = Reading(buffers, held.key.shape, partial.ready(len(buffers)))
-        try:
-            transport = await self._transport(held)
-        except CoveyError:
-            return
-        await transport.load(held, reading)
-        if reading.fault:
-            await held.confirm()  # a store that started anew has other blocks where these were
-            await self._quarantine(held, held.hashes[reading.good], reading.fault)
-        partial.add(buffers, reading.good)
 
     async def _load_elsewhere(self, held: StoreHeld, partial: Partial) -> None:
         """Go on from the first missing block at the other nodes that may hold the chain."""
@@ -240,123 +203,32 @@ class KvClient:
             if node.where.worker == held.node.where.worker:
                 continue
             try:
-                other = await self._lookup_at(node, held.key, partial.hashes, LOADER, held.grant.ttl_s)
+                other = await self._access.lookup(node, held.key, partial.hashes, LOADER, held.grant.ttl_s)
             except Unavailable:
                 self._ring.unsettle()
                 continue
             if other is None:
                 continue
             try:
-                await self._load_from(other, partial)
+                await self._access.load(other, partial)
             except LeaseExpired:
                 continue
             finally:
                 await other.release()
 
-    async def _lookup_at(
-        self, node: Node, key: StoreKey, hashes: tuple[BlockHash, ...], owner: str, ttl_s: float
-    ) -> StoreHeld | None:
-        request = LookupRequest(
-            tenant=key.tenant, namespace=key.namespace, hashes=hashes, owner=owner, ttl_s=ttl_s, shape=key.shape
-        )
-        asked_at = self._clock.now()
-        reply = await enter(node, KvStore.LOOKUP, request)
-        if reply.lease is None:
-            return None
-        return StoreHeld(
-            node=node,
-            key=key,
-            grant=reply.lease,
-            asked_at=asked_at,
-            clock=self._clock,
-            hashes=reply.blocks.names,
-            locations=reply.blocks,
-        )
 
-    async def _store_at(
-        self, node: Node, key: StoreKey, request: ReserveRequest, data: Sequence[memoryview]
-    ) -> StoreHeld:
-        """Write what is granted, round by round while other writers hold some of it; return one lease over all."""
-        give_up_at = self._clock.now() + request.ttl_s
-        held: list[StoreHeld] = []
-        done = 0
-        try:
-            while True:
-                rest = replace(request, blocks=request.blocks[done:])
-                asked_at = self._clock.now()
-                reply = await enter(node, KvStore.RESERVE, rest)
-                names = _until_pending(reply)
-                held.append(
-                    StoreHeld(node=node, key=key, grant=reply.lease, asked_at=asked_at, clock=self._clock, hashes=names)
-                )
-                await self._fill(held[-1], reply, data[done:])
-                done += len(names)
-                if done == len(request.blocks):
-                    break
-                if not names:
-                    await held.pop().release()
-                if self._clock.now() >= give_up_at:
-                    raise Pending("another writer holds these blocks and does not finish")
-                await anyio.sleep(PENDING_WAIT_S)
-            return await self._as_one(held, request)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                for each in held:
-                    await each.release()
-            raise
-
-    async def _fill(self, held: StoreHeld, reply: ReserveReply, data: Sequence[memoryview]) -> None:
-        """Write and commit the granted slots of one reservation."""
-        granted = [(grant, data[i]) for i, grant in enumerate(reply.grants) if grant.status is GrantStatus.GRANTED]
-        if not granted:
-            return
-        try:
-            transport = await self._transport(held)
-            blocks = await transport.store(held, [grant for grant, _ in granted], [view for _, view in granted])
-            request = CommitRequest(lease=held.grant.lease, epoch=held.grant.epoch, blocks=tuple(blocks))
-            held.check()
-            await held.node.call(KvStore.COMMIT, request)
-        except (LeaseExpired, Fenced) as error:
-            raise Unavailable("the write took longer than its lease, or the store started anew") from error
-
-    async def _transport(self, held: StoreHeld) -> Transport:
-        """Return what reaches the node best. Raises `Unavailable` when it does not answer."""
-        mapping = await held.node.mapping(held.grant.epoch)
-        if mapping is not None:
-            return SharedMemory(mapping, self._copies)
-        return GrpcStream(timeout_s=self._config.transfer_timeout_s, limiter=self._copies)
-
-    async def _as_one(self, held: list[StoreHeld], request: ReserveRequest) -> StoreHeld:
-        """Return one fresh lease in place of several rounds' leases."""
-        if len(held) == 1:
-            return held[0]
-        names = tuple(block.hash for block in request.blocks)
-        whole = await self._lookup_at(held[0].node, held[0].key, names, request.owner, request.ttl_s)
-        if whole is None or whole.hashes != names:
-            if whole is not None:
-                await whole.release()
-            raise Unavailable("some of these blocks were lost while others were written")
-        for each in held:
-            await each.release()
-        return whole
-
-    async def _quarantine(self, held: StoreHeld, name: BlockHash, reason: str) -> None:
-        request = QuarantineRequest(
-            tenant=held.key.tenant, namespace=held.key.namespace, hash=name, reason=reason[:256]
-        )
-        try:
-            await held.node.call(KvStore.QUARANTINE, request)
-        except CoveyError:
-            return  # the node is gone, and the bad block with it
-
-
-def _until_pending(reply: ReserveReply) -> tuple[BlockHash, ...]:
-    names = []
-    for grant in reply.grants:
-        if grant.status is GrantStatus.PENDING:
-            break
-        names.append(grant.hash)
-    return tuple(names)
+def _reserve_request(
+    key: StoreKey, blocks: Sequence[BlockKey], owner: str, ttl_s: float, *, private: bool
+) -> ReserveRequest:
+    return ReserveRequest(
+        tenant=key.tenant,
+        namespace=key.namespace,
+        blocks=tuple(blocks),
+        shape=key.shape,
+        owner=owner,
+        ttl_s=ttl_s,
+        private=private,
+    )
 
 
 def _flat(view: memoryview, size_bytes: int, field: str) -> memoryview:
