@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from covey.errors import Fenced, InvalidArgument, LeaseExpired, Overloaded
@@ -34,11 +35,15 @@ class LeaseTable:
     dead, until `expire` hands them out exactly once: that is where their resources are freed.
     """
 
-    def __init__(self, *, name: str, capacity: int) -> None:
-        """`name` prefixes lease ids: give each life of the table's process its own."""
+    def __init__(self, *, name: str, capacity: int, token: Callable[[], str] | None = None) -> None:
+        """`name` prefixes lease ids: give each life of the table's process its own.
+
+        `token` makes what ends them, where a lease id must not be guessed.
+        """
         if capacity < 1:
             raise ValueError("capacity must be at least 1")
         self._name = name
+        self._token = token
         self._capacity = capacity
         self._count = 0
         self._leases: dict[LeaseId, Lease] = {}
@@ -79,7 +84,7 @@ class LeaseTable:
             raise Overloaded("the lease table is full", retry_after_ms=self._retry_after_ms(now))
         self._count += 1
         lease = Lease(
-            id=LeaseId(f"{self._name}-{self._count}"),
+            id=LeaseId(f"{self._name}-{self._token() if self._token else self._count}"),
             owner=owner,
             epoch=epoch,
             ttl_s=ttl_s,
@@ -92,8 +97,10 @@ class LeaseTable:
         self._schedule(lease)
         return lease
 
-    def renew(self, lease_id: LeaseId, owner: str, epoch: int, *, progress: int, now: float) -> Lease:
-        """Extend a lease to `ttl_s` from now, within its cap, if the owner got further since last time.
+    def renew(
+        self, lease_id: LeaseId, owner: str, epoch: int, *, progress: int, now: float, ttl_s: float | None = None
+    ) -> Lease:
+        """Extend a lease to `ttl_s` from now (None: its own), within its cap, if the owner got further since last time.
 
         A report without progress changes nothing and returns the lease as it is: a stuck owner that still
         sends heartbeats loses its lease like a dead one. Raises `Fenced` and `LeaseExpired`.
@@ -101,7 +108,7 @@ class LeaseTable:
         lease = self._authorize(lease_id, owner, epoch, now)
         if progress <= lease.progress:
             return lease
-        expires_at = max(lease.expires_at, min(now + lease.ttl_s, lease.cap_at))
+        expires_at = max(lease.expires_at, min(now + (lease.ttl_s if ttl_s is None else ttl_s), lease.cap_at))
         # The heap keeps its earlier entry; `expire` finds the lease alive there and schedules it again.
         self._leases[lease_id] = lease = replace(lease, progress=progress, expires_at=expires_at)
         return lease

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass
 
 PAGE_BYTES = 4096
 EXTENT_BYTES_MAX = 16 * 1024 * 1024
@@ -16,8 +17,14 @@ class _Extent:
     first: int
     span: int
     slot_bytes: int
-    slots: int
-    free: list[int] = field(default_factory=list)
+    free: array[int]
+    """Numbers of its slots without a block, the next to take last."""
+    taken: bytearray
+    """One byte a slot: whether it has a block."""
+
+    @property
+    def slots(self) -> int:
+        return len(self.taken)
 
 
 class Arena:
@@ -35,11 +42,11 @@ class Arena:
         self.extent_bytes = extent_bytes or max(PAGE_BYTES, min(EXTENT_BYTES_MAX, share))
         self.capacity_bytes = capacity_bytes // self.extent_bytes * self.extent_bytes
         self._taken = bytearray(self.capacity_bytes // self.extent_bytes)
-        self._extents: dict[int, _Extent] = {}  # by each extent number it spans
+        self._extents: list[_Extent | None] = [None] * len(self._taken)  # by each extent number it spans
         self._partial: dict[int, dict[int, _Extent]] = {}  # slot size -> first extent number -> has free slots
-        self._used: dict[int, int] = {}  # offset -> slot size
         self._bytes: dict[int, int] = {}  # slot size -> bytes in use
         self._retired: set[int] = set()
+        self._slots = 0
         self.used_bytes = 0
 
     def allocate(self, slot_bytes: int) -> int | None:
@@ -50,31 +57,31 @@ class Arena:
         if not partial:
             return None
         extent = next(iter(partial.values()))
-        offset = extent.free.pop()
+        slot = extent.free.pop()
         if not extent.free:
             self._forget_partial(extent)
-        self._used[offset] = slot_bytes
+        extent.taken[slot] = 1
         self._account(slot_bytes, slot_bytes)
-        return offset
+        return extent.first * self.extent_bytes + slot * slot_bytes
 
     def free(self, offset: int) -> None:
-        """Give a slot back."""
-        slot_bytes = self._used.pop(offset)
-        self._account(slot_bytes, -slot_bytes)
-        extent = self._extents[offset // self.extent_bytes]
-        extent.free.append(offset)
+        """Give a slot back. Raises `KeyError` when it is not in use."""
+        extent, slot = self._find(offset)
+        extent.taken[slot] = 0
+        extent.free.append(slot)
+        self._account(extent.slot_bytes, -extent.slot_bytes)
         if len(extent.free) == extent.slots:
+            self._slots -= extent.slots
             self._forget_partial(extent)
             for number in range(extent.first, extent.first + extent.span):
                 self._taken[number] = 0
-                del self._extents[number]
+                self._extents[number] = None
         else:
-            self._partial.setdefault(slot_bytes, {})[extent.first] = extent
+            self._partial.setdefault(extent.slot_bytes, {})[extent.first] = extent
 
     def retire(self, offset: int) -> None:
         """Take a slot out of use for this arena's life; its bytes stay counted as used."""
-        if offset not in self._used:
-            raise KeyError(offset)
+        self._find(offset)
         self._retired.add(offset)
 
     def is_retired(self, offset: int) -> bool:
@@ -91,21 +98,35 @@ class Arena:
 
     def check(self) -> None:
         """Assert the arena's invariants: no two slots overlap, and every byte is accounted for."""
-        assert self.used_bytes == sum(self._used.values()) == sum(self._bytes.values()) <= self.capacity_bytes
-        end = 0
-        for offset, slot_bytes in sorted(self._used.items()):
-            assert offset >= end, "slots overlap"
-            end = offset + slot_bytes
-        assert end <= self.capacity_bytes
-        assert self._retired <= self._used.keys()
-        extents = {id(extent): extent for extent in self._extents.values()}.values()
+        extents = list({id(extent): extent for extent in self._extents if extent is not None}.values())
+        used_bytes = sum(extent.slot_bytes * sum(extent.taken) for extent in extents)
+        assert self.used_bytes == used_bytes == sum(self._bytes.values()) <= self.capacity_bytes
         for extent in extents:
+            assert extent.slots * extent.slot_bytes <= extent.span * self.extent_bytes, "slots leave their extent"
+            assert all(self._extents[extent.first + i] is extent for i in range(extent.span)), "extents overlap"
             assert 0 <= len(extent.free) < extent.slots, "an empty extent was kept"
-            assert not self._used.keys() & set(extent.free)
+            assert sorted(extent.free) == [slot for slot in range(extent.slots) if not extent.taken[slot]]
             partial = extent.first in self._partial.get(extent.slot_bytes, {})
             assert partial == bool(extent.free)
-        assert sum(extent.slots - len(extent.free) for extent in extents) == len(self._used)
+        for offset in self._retired:
+            self._find(offset)
         assert sum(extent.span for extent in extents) == sum(self._taken)
+        assert sum(extent.slots for extent in extents) == self._slots
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the arena's own books take."""
+        used = sum(map(len, self._partial.values())) + sum(self._taken)
+        return 9 * len(self._taken) + 512 * used + 5 * self._slots + 64 * len(self._retired)
+
+    def _find(self, offset: int) -> tuple[_Extent, int]:
+        extent = self._extents[offset // self.extent_bytes]
+        if extent is None:
+            raise KeyError(offset)
+        slot, rest = divmod(offset - extent.first * self.extent_bytes, extent.slot_bytes)
+        if rest or slot >= extent.slots or not extent.taken[slot]:
+            raise KeyError(offset)
+        return extent, slot
 
     def _grow(self, slot_bytes: int) -> dict[int, _Extent]:
         least = -(-slot_bytes // self.extent_bytes)
@@ -115,9 +136,10 @@ class Arena:
                 break
         else:
             return {}
-        start, slots = first * self.extent_bytes, span * self.extent_bytes // slot_bytes
-        free = [start + i * slot_bytes for i in reversed(range(slots))]
-        extent = _Extent(first=first, span=span, slot_bytes=slot_bytes, slots=slots, free=free)
+        slots = span * self.extent_bytes // slot_bytes
+        self._slots += slots
+        free = array("I", range(slots - 1, -1, -1))
+        extent = _Extent(first=first, span=span, slot_bytes=slot_bytes, free=free, taken=bytearray(slots))
         for number in range(first, first + span):
             self._taken[number] = 1
             self._extents[number] = extent

@@ -3,192 +3,173 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from covey.errors import LayoutMismatch
-from covey.policy.arena import Arena
+import numpy as np
+from numpy.typing import NDArray
+
+from covey.errors import QuotaExceeded
+from covey.policy.arena import PAGE_BYTES, Arena
+from covey.policy.block_columns import NONE, BlockColumns, BlockState, Rows, words_of
+from covey.policy.block_table import BlockTable
+from covey.policy.changes import Changes
+from covey.policy.evictable import AT_ONCE_MAX, Evictable, Pool, Worth
+from covey.policy.lineage import Lineage
+from covey.policy.retention import Candidates, Retention
 from covey.policy.slot import slot_bytes
-from covey.policy.store_block import Block, BlockState, EvictionQueue, EvictionScore
+from covey.policy.spaces import Space, Spaces
+from covey.policy.tenant_ledger import TenantLedger
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockCodec, BlockShape, KvEventKind, StoreStats
+from covey.types.kv import BlockCodec, BlockShape, KvEventKind
+
+CODECS = tuple(BlockCodec)
+"""By the number that the columns hold."""
+RAW = CODECS.index(BlockCodec.RAW)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexChange:
-    """What watchers of the store are told; private blocks never appear here."""
+@dataclass(slots=True)
+class Counts:
+    """What there is of each kind."""
 
-    kind: KvEventKind
-    namespace: NamespaceId
-    hashes: tuple[BlockHash, ...]
-
-
-@dataclass(slots=True, eq=False)
-class Space:
-    """One namespace: all its blocks have one geometry."""
-
-    shape: BlockShape
-    slot_bytes: int
-    blocks: dict[BlockHash, Block] = field(default_factory=dict)
+    blocks: int = 0
+    """Reserved and visible."""
+    reserved: int = 0
+    private: int = 0
+    held: int = 0
+    pinned: int = 0
+    pinned_bytes: int = 0
+    evictions: int = 0
+    quarantined: int = 0
 
 
 class Shelf:
-    """Blocks of all namespaces over one arena. Knows that blocks are held, not by whom."""
+    """Blocks of all namespaces over one arena, as rows. Knows that blocks are held, not by whom."""
 
-    def __init__(self, *, arena: Arena, blocks_max: int, score: EvictionScore) -> None:
+    def __init__(self, *, arena: Arena, blocks_max: int, retention: Retention, tenants: TenantLedger) -> None:
         self.arena = arena
-        self.blocks = 0
-        self.pinned_bytes = 0
-        self._blocks_max = blocks_max
-        self._spaces: dict[NamespaceId, Space] = {}
-        self._queue = EvictionQueue(score)
+        self.tenants = tenants
+        self.counts = Counts()
+        self.columns = BlockColumns(min(blocks_max, arena.capacity_bytes // PAGE_BYTES))
+        self.changes = Changes(self.columns)
+        self.lineage = Lineage(self.columns)
+        self.table = BlockTable(self.columns)
+        self.evictable = Evictable(self.columns)
+        self._retention = retention
+        self.spaces = Spaces()
         self._cooling: deque[tuple[float, int]] = deque()
-        self._changes: list[IndexChange] = []
         self._generation = 0
-        self._reserved = self._private = self._held = self._pinned = self._evictions = self._quarantined = 0
 
     # -- finding -----------------------------------------------------------------
 
-    def space(self, namespace: NamespaceId, shape: BlockShape) -> Space:
-        """Return a namespace, a new one if it has no blocks. Raises `LayoutMismatch` and `InvalidArgument`."""
-        space = self._spaces.get(namespace)
-        if space is None:
-            return Space(shape=shape, slot_bytes=slot_bytes(shape))
-        if space.shape != shape:
-            raise LayoutMismatch(
-                f"blocks of this namespace have {space.shape.size_bytes} bytes in {space.shape.layers} layers",
-                field="shape",
-            )
-        return space
+    def space_of(self, row: int) -> Space:
+        return self.spaces[self.columns.at_space[row]]
 
-    def prefix(self, namespace: NamespaceId, hashes: Sequence[BlockHash], shape: BlockShape | None) -> list[Block]:
-        """Return the longest prefix of `hashes` that is visible. Raises `LayoutMismatch`."""
-        known = self._spaces.get(namespace)
-        if known is None:
-            return []
-        space = known if shape is None else self.space(namespace, shape)
-        found = []
-        for name in hashes:
-            block = space.blocks.get(name)
-            if block is None or block.state is not BlockState.COMMITTED:
-                break
-            found.append(block)
-        return found
+    def find(self, space: Space, keys: NDArray[np.uint64]) -> Rows:
+        """Return the rows of blocks that are reserved or visible, `NONE` for the others."""
+        if space.number == NONE:
+            return np.full(len(keys), NONE, np.int32)
+        return self.table.find(space.number, keys)
 
-    def visible(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> list[Block]:
-        """Return those of the named shared blocks that are visible."""
-        space = self._spaces.get(namespace)
-        found = [] if space is None else [space.blocks[name] for name in hashes if name in space.blocks]
-        return [block for block in found if block.state is BlockState.COMMITTED and not block.private]
+    def find_one(self, space: Space, name: BlockHash, field: str = "hash") -> int:
+        """Return the row of one block that is reserved or visible, or `NONE`. Raises `InvalidArgument`."""
+        words = words_of(name, field)
+        return NONE if space.number == NONE else self.table.find_one(space.number, *words)
+
+    def bytes_of(self, rows: Rows) -> int:
+        """The bytes of the slots of blocks."""
+        return int(self.columns.pages[rows].sum(dtype=np.int64)) * PAGE_BYTES
+
+    def prefix(self, space: Space, keys: NDArray[np.uint64], codecs: NDArray[np.bool_] | None = None) -> Rows:
+        """Return the longest prefix of the keys that is visible, and whose codecs (by number) are taken."""
+        rows = self.find(space, keys)
+        good = (rows != NONE) & (self.columns.state[rows] == BlockState.COMMITTED)
+        if codecs is not None:
+            good &= codecs[self.columns.codec[rows]]
+        return rows if good.all() else rows[: int(good.argmin())]
 
     # -- coming ------------------------------------------------------------------
 
     def add(
-        self, namespace: NamespaceId, space: Space, name: BlockHash, parent: Block | None, *, private: bool,
-        tenant: TenantId,
-    ) -> Block | None:  # fmt: skip
-        """Reserve a slot, evicting what nobody needs; None when there is no room."""
-        offset = self._room(space.slot_bytes)
-        if offset is None:
-            return None
-        self._generation += 1
-        block = Block(
-            namespace=namespace,
-            name=name,
-            parent=parent,
-            private=private,
-            offset=offset,
-            shape=space.shape,
-            slot_bytes=space.slot_bytes,
-            generation=self._generation,
-            tenant=tenant,
-        )
-        if parent is not None:
-            parent.children += 1
-        self._spaces[namespace] = space
-        space.blocks[name] = block
-        self.blocks += 1
-        self._reserved += 1
-        self._private += private
-        return block
+        self, space: Space, words: tuple[int, int], parent: int, *, tenant: TenantId, private: bool, wanted: int,
+        now: float,
+    ) -> int:  # fmt: skip
+        """Reserve a slot, evicting what nobody needs; `NONE` when there is no room.
 
-    def draft(self, block: Block, size_bytes: int, codec: BlockCodec) -> Block | None:
-        """Take a slot for a new version of a visible block; None when there is no room."""
-        shape = replace(block.shape, size_bytes=size_bytes)
-        offset = self._room(slot_bytes(shape))
-        if offset is None:
-            return None
-        self._generation += 1
-        return Block(
-            namespace=block.namespace, name=block.hash, parent=block.parent, private=block.private, offset=offset,
-            shape=shape, slot_bytes=slot_bytes(shape), generation=self._generation, tenant=block.tenant, codec=codec,
-        )  # fmt: skip
+        `wanted` further ones are about to be asked for. Raises `QuotaExceeded` when the tenant's own blocks cannot go.
+        """
+        row = self._slot(space, space.shape, tenant, wanted, now)
+        if row == NONE:
+            return NONE
+        columns = self.columns
+        columns.at_low[row], columns.at_high[row] = words
+        columns.at_state[row] = BlockState.RESERVED
+        columns.at_private[row] = private
+        self.table.insert(row)
+        self.lineage.link(row, parent)
+        if parent != NONE:
+            self.evictable.discard(parent)
+        self.counts.blocks += 1
+        self.counts.reserved += 1
+        self.counts.private += private
+        return row
 
-    def swap(self, draft: Block, digest: int) -> bool:
-        """Put a new version in the place of what is visible; the old slot goes when its leases have ended."""
-        space = self._spaces.get(draft.namespace)
-        old = space.blocks.get(draft.hash) if space is not None else None
-        if space is None or old is None or old.state is not BlockState.COMMITTED:
-            self.drop_draft(draft)
-            return False
-        draft.state, draft.digest, draft.last_used = BlockState.COMMITTED, digest, old.last_used
-        draft.parent, draft.children = old.parent, old.children
-        for child in space.blocks.values():
-            if child.parent is old:
-                child.parent = draft
-        space.blocks[draft.hash] = draft
-        old.state = BlockState.DOOMED
-        self.tell(KvEventKind.RECODED, [draft])
-        self._settle(old)
-        self._settle(draft)
-        return True
-
-    def drop_draft(self, draft: Block) -> None:
-        draft.state = BlockState.GONE
-        self.arena.free(draft.offset)
-
-    def coldest(self, count: int) -> list[Block]:
-        """Return the blocks to evict next, worst first."""
-        return self._queue.coldest(count)
-
-    def seal(self, block: Block, digest: int) -> None:
+    def seal(self, row: int, digest: int) -> None:
         """Make a reserved block visible; the caller holds it."""
-        block.state, block.digest = BlockState.COMMITTED, digest
-        self._reserved -= 1
+        self.columns.at_state[row] = BlockState.COMMITTED
+        self.columns.at_digest[row] = digest
+        self.counts.reserved -= 1
 
-    def hold(self, block: Block, now: float, *, pin: bool) -> None:
-        """Keep a block for one more lease."""
-        block.last_used = now
-        block.held += 1
-        self._held += block.held == 1
+    def hold(self, rows: Rows, now: float, *, pin: bool = False, read: bool = False) -> None:
+        """Keep blocks, each named once, for one more lease; `read`: somebody asked for them."""
+        columns = self.columns
+        if read:
+            self._retention.read(now - columns.last_used[rows], columns.reads[rows].astype(np.int64))
+            columns.reads[rows] += columns.reads[rows] < np.iinfo(np.uint16).max
+        columns.last_used[rows] = now
+        before = columns.held[rows]
+        columns.held[rows] = before + 1
+        self.counts.held += len(rows) - int(np.count_nonzero(before))
+        for row in rows[columns.place[rows] != 0].tolist():
+            self.evictable.discard(row)
         if pin:
-            block.pins += 1
-            if block.pins == 1:
-                self._pinned += 1
-                self.pinned_bytes += block.slot_bytes
+            pins = columns.pins[rows]
+            columns.pins[rows] = pins + 1
+            self._count_pins(rows[pins == 0], 1)
 
     # -- going -------------------------------------------------------------------
 
-    def unhold(self, block: Block, *, pin: bool) -> None:
-        """A lease on a block ended."""
-        block.held -= 1
-        self._held -= not block.held
+    def unhold(self, rows: Rows, *, pin: bool = False) -> None:
+        """A lease on blocks ended."""
+        columns = self.columns
         if pin:
-            block.pins -= 1
-            if not block.pins:
-                self._pinned -= 1
-                self.pinned_bytes -= block.slot_bytes
-        self._settle(block)
+            pins = columns.pins[rows] - 1
+            columns.pins[rows] = pins
+            self._count_pins(rows[pins == 0], -1)
+        after = columns.held[rows] - 1
+        columns.held[rows] = after
+        let_go = rows[after == 0]
+        self.counts.held -= len(let_go)
+        plain = (columns.state[let_go] == BlockState.COMMITTED) & (columns.private[let_go] == 0)
+        for row in let_go[plain & (columns.first_child[let_go] == NONE)].tolist():
+            self.evictable.add(row)
+        for row in let_go[~plain][::-1].tolist():
+            self.settle(row)
 
-    def discard(self, block: Block, *, cool_until: float | None) -> None:
-        """Drop a reservation; its slot rests until `cool_until`, in case its writer still writes."""
-        block.state = BlockState.GONE
-        self._reserved -= 1
-        self._unlink(block)
+    def discard(self, row: int, *, cool_until: float | None) -> None:
+        """Drop a reservation or a draft; its slot rests until `cool_until`, in case its writer still writes."""
+        columns = self.columns
+        parent = NONE
+        if columns.at_state[row] == BlockState.RESERVED:
+            self.counts.reserved -= 1
+            parent = self._hide(row)
+        offset = columns.offset(row)
+        self._forget(row)
+        self.settle(parent)
         if cool_until is None:
-            self.arena.free(block.offset)
+            self.arena.free(offset)
         else:
-            self._cooling.append((cool_until, block.offset))
+            self._cooling.append((cool_until, offset))
 
     def next_due(self) -> float | None:
         """When the next slot has cooled."""
@@ -199,168 +180,221 @@ class Shelf:
         while self._cooling and self._cooling[0][0] <= now:
             self.arena.free(self._cooling.popleft()[1])
 
-    def quarantine(self, namespace: NamespaceId, name: BlockHash) -> bool:
-        """Take a bad block out for good, and from view all that grows from it; False when it is not visible."""
-        space = self._spaces.get(namespace)
-        block = space.blocks.get(name) if space is not None else None
-        if block is None or block.state is not BlockState.COMMITTED:
+    def quarantine(self, row: int) -> None:
+        """Take a visible block out for good, and from view all that grows from it."""
+        self.counts.quarantined += 1
+        self.arena.retire(self.columns.offset(row))
+        self._doom(row)
+
+    def drop(self, row: int, now: float) -> bool:
+        """Evict one block, unless somebody needs it."""
+        if row not in self.evictable:
             return False
-        self._quarantined += 1
-        self.arena.retire(block.offset)
-        self._doom(block)
+        self._evict(row, now)
         return True
 
-    def drop(self, block: Block) -> bool:
-        """Evict one block, unless somebody needs it."""
-        if not block.evictable:
-            return False
-        self._evict(block)
-        return True
+    # -- versions ----------------------------------------------------------------
+
+    def draft(self, row: int, size_bytes: int, codec: BlockCodec, now: float) -> int:
+        """Take a slot for a new version of a visible block; `NONE` when there is no room."""
+        columns, space = self.columns, self.space_of(row)
+        shape = replace(space.shape, size_bytes=size_bytes)
+        tenant = self.tenants[columns.at_tenant[row]].tenant
+        draft = self._slot(space, shape, tenant, 0, now)
+        if draft == NONE:
+            return NONE
+        for view in (columns.at_low, columns.at_high, columns.at_private, columns.at_depth):
+            view[draft] = view[row]
+        columns.at_codec[draft] = CODECS.index(codec)
+        columns.at_state[draft] = BlockState.DRAFT
+        return draft
+
+    def swap(self, draft: int, digest: int) -> int:
+        """Put a draft in the place of what is visible and return that row; `settle` both when pins are carried over.
+
+        `NONE`, and the draft stays one, when nothing is visible any more.
+        """
+        columns = self.columns
+        old = self.table.find_one(columns.at_space[draft], columns.at_low[draft], columns.at_high[draft])
+        if old == NONE or columns.at_state[old] != BlockState.COMMITTED:
+            return NONE
+        self.evictable.discard(old)
+        self.lineage.take_place(old, draft)
+        self.table.swap(old, draft)
+        columns.at_last_used[draft], columns.at_reads[draft] = columns.at_last_used[old], columns.at_reads[old]
+        columns.at_state[draft], columns.at_digest[draft] = BlockState.COMMITTED, digest
+        columns.at_state[old] = BlockState.DOOMED
+        self.changes.note(KvEventKind.RECODED, [draft], self.space_of(draft).namespace)
+        return old
+
+    def carry_pins(self, old: int, new: int, leases: int) -> None:
+        """Pins keep a block, not its bytes: let so many leases hold and pin its new version."""
+        columns = self.columns
+        columns.at_held[old] -= leases
+        self.counts.held -= not columns.at_held[old]
+        columns.at_held[new] += leases
+        self.counts.held += 1
+        self._count_pins(np.array([old], np.int32), -1)
+        self._count_pins(np.array([new], np.int32), 1)
+        columns.at_pins[old], columns.at_pins[new] = 0, leases
 
     # -- views -------------------------------------------------------------------
 
-    def tell(self, kind: KvEventKind, blocks: Sequence[Block]) -> None:
-        """Note a change for the watchers."""
-        shared = [block for block in blocks if not block.private]
-        if not shared:
-            return
-        namespace, names = shared[0].namespace, tuple(block.hash for block in shared)
-        last = self._changes[-1] if self._changes else None
-        if last is not None and (last.kind, last.namespace) == (kind, namespace):
-            self._changes[-1] = IndexChange(kind=kind, namespace=namespace, hashes=last.hashes + names)
-        else:
-            self._changes.append(IndexChange(kind=kind, namespace=namespace, hashes=names))
+    def coldest(self, count: int, now: float) -> list[int]:
+        """Return the blocks that would be evicted next, worst first."""
+        return self.evictable.all.worst(count, self._worth(now), sample=max(4 * count, 1024))
 
-    def drain_changes(self) -> tuple[IndexChange, ...]:
-        """Return what became visible or went since the last call, in order."""
-        changes, self._changes = tuple(self._changes), []
-        return changes
+    def shared(self, first: int, last: int) -> Iterator[tuple[NamespaceId, Rows]]:
+        """Yield the visible shared blocks among rows `first` to `last`, by namespace."""
+        columns = self.columns
+        part = slice(first, min(last, columns.touched))
+        shown = np.flatnonzero((columns.state[part] == BlockState.COMMITTED) & (columns.private[part] == 0)) + first
+        for number in np.unique(columns.space[shown]).tolist():
+            rows = shown[columns.space[shown] == number].astype(np.int32)
+            yield self.space_of(int(rows[0])).namespace, rows
 
-    def snapshot(self) -> Iterator[tuple[NamespaceId, tuple[BlockHash, ...]]]:
-        """Yield each namespace's shared blocks, parents first."""
-        for namespace, space in self._spaces.items():
-            shared = [b for b in space.blocks.values() if b.state is BlockState.COMMITTED and not b.private]
-            if shared:
-                yield namespace, tuple(block.hash for block in sorted(shared, key=lambda block: block.depth))
-
-    def every(self) -> Iterator[Block]:
-        """Yield all blocks that are reserved or visible."""
-        for space in self._spaces.values():
-            yield from space.blocks.values()
-
-    def stats(self, *, leases: int, hits: int, misses: int) -> StoreStats:
-        """Count what is there; reads counters only, so another thread may call it."""
-        return StoreStats(
-            blocks=self.blocks - self._reserved,
-            used_bytes=self.arena.used_bytes,
-            capacity_bytes=self.arena.capacity_bytes,
-            leases=leases,
-            leased_blocks=self._held,
-            pinned_blocks=self._pinned,
-            pinned_bytes=self.pinned_bytes,
-            reserved_blocks=self._reserved,
-            private_blocks=self._private,
-            hits=hits,
-            misses=misses,
-            evictions=self._evictions,
-            quarantined=self._quarantined,
-        )
-
-    def check(self) -> None:
-        """Assert the invariants that hold between any two calls."""
-        self.arena.check()
-        blocks = list(self.every())
-        assert len(blocks) == self.blocks <= self._blocks_max
-        assert self._reserved == sum(block.state is BlockState.RESERVED for block in blocks)
-        assert self._private == sum(block.private for block in blocks)
-        children: dict[Block, int] = {}
-        for block in blocks:
-            assert self._spaces[block.namespace].blocks[block.hash] is block
-            assert block.state in {BlockState.RESERVED, BlockState.COMMITTED}
-            assert 0 <= block.pins <= block.held
-            if block.parent is not None:
-                children[block.parent] = children.get(block.parent, 0) + 1
-                if block.state is BlockState.COMMITTED:
-                    assert block.parent.state is BlockState.COMMITTED, "visible without its parent"
-            if block.private and block.state is BlockState.COMMITTED:
-                assert block.held, "a private block outlived its leases"
-            assert self._queue.holds(block) == block.evictable
-        for block in blocks:
-            assert block.children == children.get(block, 0)
-        assert all(space.blocks for space in self._spaces.values()), "an empty namespace was kept"
-        offsets = [block.offset for block in blocks]
-        assert len(set(offsets)) == len(offsets), "two blocks share a slot"
+    @property
+    def memory_bytes(self) -> int:
+        """What the books of the blocks take: rows, table, pools, arena, namespaces."""
+        parts = (self.columns, self.table, self.evictable, self.arena)
+        return sum(part.memory_bytes for part in parts) + 512 * len(self.spaces)
 
     # -- inside ------------------------------------------------------------------
 
-    def _room(self, size: int) -> int | None:
+    def _slot(self, space: Space, shape: BlockShape, tenant: TenantId, wanted: int, now: float) -> int:
+        """Take a row and a slot for it; `NONE` when there is no room. Raises `QuotaExceeded`."""
+        size = slot_bytes(shape)
+        self._make_way(tenant, size, wanted, now)
         while True:
-            offset = self.arena.allocate(size) if self.blocks < self._blocks_max else None
+            row = self.columns.take()
+            offset = self.arena.allocate(size) if row != NONE else None
             if offset is not None:
-                return offset
-            victim = self._victim(size)
-            if victim is None:
-                return None
-            self._evict(victim)
+                break
+            if row != NONE:
+                self.columns.give_back(row)
+            pool = self._victims(size)
+            if pool is None or not self._evict_from(pool, wanted, now):
+                return NONE
+        columns = self.columns
+        self._generation += 1
+        columns.at_page[row], columns.at_pages[row] = offset // PAGE_BYTES, size // PAGE_BYTES
+        columns.at_size_bytes[row], columns.at_generation[row] = shape.size_bytes, self._generation
+        columns.at_codec[row], columns.at_last_used[row] = RAW, now
+        account = self.tenants.account(tenant)
+        columns.at_tenant[row] = account.number
+        self.tenants.use(account, size)
+        columns.at_space[row] = self.spaces.gain(space)
+        return row
 
-    def _victim(self, size: int) -> Block | None:
-        """The worst of the same size once that size has its fair share of the arena, else the worst of all."""
-        fair_bytes = self.arena.capacity_bytes // max(1, self.arena.sizes)
-        own = self._queue.worst(size)
-        if own is not None and self.arena.bytes_of(size) >= fair_bytes:
+    def _make_way(self, tenant: TenantId, size: int, wanted: int, now: float) -> None:
+        """Bring a tenant to where one more slot fits its quota: its own blocks go. Raises `QuotaExceeded`."""
+        quota_bytes = self.tenants.quota_bytes(tenant)
+        while 0 < quota_bytes < self.tenants.used_bytes(tenant) + size:
+            account = self.tenants.account(tenant) if self.tenants.used_bytes(tenant) else None
+            pool = self.evictable.of_tenant(account.number) if account is not None else None
+            if pool is None or not self._evict_from(pool, wanted, now):
+                raise QuotaExceeded(f"the quota of {tenant} at this store is {quota_bytes} bytes, all leased or pinned")
+
+    def _victims(self, size: int) -> Pool | None:
+        """Tenants over their quota first; then blocks of this size once it has its fair share; else any."""
+        for number in self.tenants.over:
+            pool = self.evictable.of_tenant(number)
+            if pool is not None:
+                return pool
+        own = self.evictable.of_size(size // PAGE_BYTES)
+        if own is not None and self.arena.bytes_of(size) >= self.arena.capacity_bytes // max(1, self.arena.sizes):
             return own
-        return self._queue.worst()
+        return self.evictable.all if len(self.evictable) else None
 
-    def _evict(self, block: Block) -> None:
-        self._evictions += 1
-        self.tell(KvEventKind.EVICTED, [block])
-        block.state = BlockState.GONE
-        self.arena.free(block.offset)
-        self._unlink(block)
+    def _evict_from(self, pool: Pool, wanted: int, now: float) -> int:
+        count = max(1, min(wanted, AT_ONCE_MAX, len(pool) // 8))
+        victims = pool.worst(count, self._worth(now))
+        for row in victims:
+            self._evict(row, now)
+        return len(victims)
 
-    def _settle(self, block: Block) -> None:
+    def _worth(self, now: float) -> Worth:
+        columns = self.columns
+
+        def worth(rows: Rows) -> NDArray[np.float64]:
+            blocks = Candidates(
+                idle_s=now - columns.last_used[rows],
+                reads=columns.reads[rows].astype(np.int64),
+                depth=columns.depth[rows].astype(np.int64),
+                slot_bytes=columns.pages[rows].astype(np.int64) * PAGE_BYTES,
+                below=columns.below[rows] == 1,
+            )
+            return self._retention.worth(blocks)
+
+        return worth
+
+    def _evict(self, row: int, now: float) -> None:
+        columns = self.columns
+        self.counts.evictions += 1
+        self.changes.note(KvEventKind.EVICTED, [row], self.space_of(row).namespace)
+        self._retention.evicted(now - columns.at_last_used[row], columns.at_reads[row])
+        parent = self._hide(row)
+        offset = columns.offset(row)
+        self._forget(row)
+        self.arena.free(offset)
+        self.settle(parent)
+
+    def is_evictable(self, row: int) -> bool:
+        columns = self.columns
+        return (
+            columns.at_state[row] == BlockState.COMMITTED
+            and not columns.at_held[row]
+            and not columns.at_private[row]
+            and columns.at_first_child[row] == NONE
+        )
+
+    def settle(self, row: int) -> None:
         """Something let go of a block: free it, make it vanish or let it be evicted, if that is due."""
-        if block.held:
+        columns = self.columns
+        if row == NONE or columns.at_held[row]:
             return
-        if block.state is BlockState.DOOMED:
-            block.state = BlockState.GONE
-            if not self.arena.is_retired(block.offset):
-                self.arena.free(block.offset)
-        elif block.state is BlockState.COMMITTED and block.private:
-            self._doom(block)
-        elif block.evictable:
-            self._queue.push(block)
-            self._queue.compact(self.blocks)
+        state = columns.at_state[row]
+        if state == BlockState.DOOMED:
+            offset = columns.offset(row)
+            self._forget(row)
+            if not self.arena.is_retired(offset):
+                self.arena.free(offset)
+        elif state == BlockState.COMMITTED and columns.at_private[row]:
+            self._doom(row)
+        elif row not in self.evictable and self.is_evictable(row):
+            self.evictable.add(row)
 
-    def _doom(self, block: Block) -> None:
+    def _doom(self, row: int) -> None:
         """Take a block and all visible ones that grow from it out of view; slots go when their leases have ended."""
-        gone = [block, *self._descendants(block)] if block.children else [block]
-        self.tell(KvEventKind.EVICTED, gone)
-        for each in gone:
-            each.state = BlockState.DOOMED
+        columns = self.columns
+        gone = [row]
+        for each in gone:  # grows while it is walked
+            gone += [c for c in self.lineage.children(each) if columns.at_state[c] == BlockState.COMMITTED]
+        self.changes.note(KvEventKind.EVICTED, gone, self.space_of(row).namespace)
+        parent = NONE
         for each in reversed(gone):
-            self._unlink(each)
-        for each in gone:
-            self._settle(each)
+            parent = self._hide(each)
+            columns.at_state[each] = BlockState.DOOMED
+        for each in (*gone, parent):
+            self.settle(each)
 
-    def _descendants(self, block: Block) -> list[Block]:
-        children: dict[Block, list[Block]] = {}
-        for other in self._spaces[block.namespace].blocks.values():
-            if other.parent is not None and other.state is BlockState.COMMITTED:
-                children.setdefault(other.parent, []).append(other)
-        found = list(children.get(block, ()))
-        for each in found:  # grows while it is walked
-            found.extend(children.get(each, ()))
-        return found
+    def _hide(self, row: int) -> int:
+        """Take a row out of table, pools and lineage; reservations that grow from it are lost. Return its parent."""
+        self.table.remove(row)
+        self.evictable.discard(row)
+        for child in self.lineage.children(row):
+            self.lineage.lose(child)
+        self.counts.blocks -= 1
+        self.counts.private -= self.columns.at_private[row]
+        return self.lineage.unlink(row)
 
-    def _unlink(self, block: Block) -> None:
-        space = self._spaces[block.namespace]
-        del space.blocks[block.hash]
-        if not space.blocks:
-            del self._spaces[block.namespace]
-        self.blocks -= 1
-        self._private -= block.private
-        parent = block.parent
-        if parent is not None:
-            parent.children -= 1
-            self._settle(parent)
+    def _forget(self, row: int) -> None:
+        """Give a row back; its slot is the caller's to free."""
+        columns = self.columns
+        self.tenants.use(self.tenants[columns.at_tenant[row]], -columns.slot_bytes(row))
+        self.spaces.lose(self.space_of(row))
+        columns.give_back(row)
+
+    def _count_pins(self, rows: Rows, sign: int) -> None:
+        self.counts.pinned += sign * len(rows)
+        self.counts.pinned_bytes += sign * self.bytes_of(rows)

@@ -9,7 +9,7 @@ from contextlib import suppress
 import anyio
 
 from covey.errors import CoveyError
-from covey.policy.shelf import IndexChange
+from covey.policy.changes import IndexChange
 from covey.types.ids import WorkerId
 from covey.types.kv import KvEvent
 

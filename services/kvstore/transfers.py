@@ -50,7 +50,7 @@ class Transfers:
         To be asked again after every pause: a lease that has ended may fill nothing. Raises `LeaseExpired`,
         `Fenced`, and `InvalidArgument` for an offset outside the block.
         """
-        slot = self._store.index.writable(chunk.lease, chunk.hash, self._clock.now())
+        slot = self._store.index.writable(chunk.lease, chunk.hash, self._clock.now(), tenant=chunk.tenant)
         if chunk.offset >= slot.shape.size_bytes:
             raise InvalidArgument(f"a block has {slot.shape.size_bytes} bytes", field="offset")
         if (chunk.lease, chunk.hash) not in self._streamed:
@@ -82,7 +82,7 @@ class SlotReader:
         self._store = store
         self._request = request
         self._clock = clock
-        self._placed = store.index.locate(request.lease, request.hashes, clock.now())
+        self._placed = store.index.locate(request.lease, request.hashes, clock.now(), tenant=request.tenant)
         self._passes = [self._range(layers) for layers in _passes(request, self._placed)]
 
     def pieces(self, size_bytes: int) -> Iterator[Piece]:

@@ -11,13 +11,13 @@ from covey.clock import Clock
 from covey.codec.methods import KvStore, Unary
 from covey.errors import CoveyError, Fenced, LeaseExpired
 from covey.net.kv.node import Node
-from covey.types.ids import BlockHash
+from covey.types.ids import BlockHash, TenantId
 from covey.types.kv import BlockLocation, LeaseGrant, LeaseRequest, RenewRequest
 from covey.types.store import StoreKey
 
 RELEASE_TIMEOUT_S = 1.0
 
-Q = TypeVar("Q")
+Q = TypeVar("Q", bound="Asking")
 L = TypeVar("L", bound="Leasing")
 
 
@@ -60,9 +60,7 @@ class StoreHeld:
         self._progress += blocks
         if self._ends_at - self._clock.now() > self.grant.ttl_s / 2:
             return
-        request = RenewRequest(
-            lease=self.grant.lease, epoch=self.grant.epoch, done=self._progress, ttl_s=self.grant.ttl_s
-        )
+        request = self._renewal(self._progress)
         asked_at = self._clock.now()
         try:
             renewed = await self.node.call(KvStore.RENEW, request)
@@ -75,7 +73,7 @@ class StoreHeld:
 
     async def confirm(self) -> None:
         """Ask the node whether the lease stands. Raises `LeaseExpired`; a node that is gone says nothing."""
-        request = RenewRequest(lease=self.grant.lease, epoch=self.grant.epoch, done=0, ttl_s=self.grant.ttl_s)
+        request = self._renewal(0)
         try:
             await self.node.call(KvStore.RENEW, request)
         except (LeaseExpired, Fenced) as error:
@@ -89,7 +87,18 @@ class StoreHeld:
             return
         self._released = True
         with anyio.CancelScope(shield=True):
-            await release(self.node, self.grant)
+            await release(self.node, self.key.tenant, self.grant)
+
+    def _renewal(self, done: int) -> RenewRequest:
+        grant = self.grant
+        return RenewRequest(tenant=self.key.tenant, lease=grant.lease, epoch=grant.epoch, done=done, ttl_s=grant.ttl_s)
+
+
+class Asking(Protocol):
+    """A request for a lease."""
+
+    @property
+    def tenant(self) -> TenantId: ...
 
 
 class Leasing(Protocol):
@@ -111,14 +120,14 @@ async def enter(node: Node, method: Unary[Q, L], request: Q) -> L:
     except BaseException:
         if reply.lease is not None:
             with anyio.CancelScope(shield=True):
-                await release(node, reply.lease)
+                await release(node, request.tenant, reply.lease)
         raise
     return reply
 
 
-async def release(node: Node, grant: LeaseGrant) -> None:
+async def release(node: Node, tenant: TenantId, grant: LeaseGrant) -> None:
     """End a lease at its node; if the node does not answer the lease ends by itself."""
-    request = LeaseRequest(lease=grant.lease, epoch=grant.epoch)
+    request = LeaseRequest(tenant=tenant, lease=grant.lease, epoch=grant.epoch)
     try:
         await node.channel.call(KvStore.RELEASE, request, timeout_s=RELEASE_TIMEOUT_S)
     except CoveyError:

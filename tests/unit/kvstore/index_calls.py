@@ -57,7 +57,10 @@ def commit(
 ) -> None:
     layers = SHAPES[ns].layers
     request = CommitRequest(
-        lease=lease.lease, epoch=lease.epoch, blocks=tuple(CommitBlock(hash=h, checksums=(1,) * layers) for h in hashes)
+        tenant=T,
+        lease=lease.lease,
+        epoch=lease.epoch,
+        blocks=tuple(CommitBlock(hash=h, checksums=(1,) * layers) for h in hashes),
     )
     slots = index.can_commit(request, now)
     index.commit(lease.lease, {slot.location.hash: 99 for slot in slots}, now)
@@ -86,7 +89,7 @@ def lookup(
 
 
 def release(index: StoreIndex, lease: LeaseGrant, now: float = 0.0) -> None:
-    index.release(LeaseRequest(lease=lease.lease, epoch=lease.epoch), now)
+    index.release(LeaseRequest(tenant=T, lease=lease.lease, epoch=lease.epoch), now)
 
 
 def pin(

@@ -21,7 +21,7 @@ from covey.net.rpc import Channel, Channels
 from covey.policy.slot import payload_offset
 from covey.testing import assert_eventually, free_port
 from covey.types.common import Empty
-from covey.types.ids import BlockHash, LeaseId, WorkerId
+from covey.types.ids import BlockHash, LeaseId, TenantId, WorkerId
 from covey.types.kv import (
     BlockKey,
     BlockShape,
@@ -55,7 +55,7 @@ async def reserve(channel: Channel, where: StoreKey, blocks: list[BlockKey], *, 
 
 async def upload(channel: Channel, lease: LeaseId, name: BlockHash, offset: int, data: bytes) -> int:
     async def chunks() -> AsyncIterator[WriteChunk]:
-        yield WriteChunk(lease=lease, hash=name, offset=offset, data=data)
+        yield WriteChunk(tenant=TenantId("t"), lease=lease, hash=name, offset=offset, data=data)
 
     return (await channel.upload(KvStore.WRITE, chunks(), timeout_s=5)).size_bytes
 
@@ -111,16 +111,25 @@ async def test_an_older_epoch_is_fenced(fresh: StoreProcess) -> None:
         reply = await reserve(channel, where, blocks)
         old = reply.lease.epoch - 1
         commit = CommitRequest(
-            lease=reply.lease.lease, epoch=old, blocks=(CommitBlock(hash=blocks[0].hash, checksums=(0, 0, 0)),)
+            tenant=TenantId("t"),
+            lease=reply.lease.lease,
+            epoch=old,
+            blocks=(CommitBlock(hash=blocks[0].hash, checksums=(0, 0, 0)),),
         )
         with pytest.raises(Fenced):
             await channel.call(KvStore.COMMIT, commit, timeout_s=5)
         with pytest.raises(Fenced):
-            await channel.call(KvStore.ABORT, LeaseRequest(lease=reply.lease.lease, epoch=old), timeout_s=5)
-        renew = RenewRequest(lease=reply.lease.lease, epoch=old, done=1, ttl_s=1.0)
+            await channel.call(
+                KvStore.ABORT, LeaseRequest(tenant=TenantId("t"), lease=reply.lease.lease, epoch=old), timeout_s=5
+            )
+        renew = RenewRequest(tenant=TenantId("t"), lease=reply.lease.lease, epoch=old, done=1, ttl_s=1.0)
         with pytest.raises(Fenced):
             await channel.call(KvStore.RENEW, renew, timeout_s=5)
-        await channel.call(KvStore.ABORT, LeaseRequest(lease=reply.lease.lease, epoch=reply.lease.epoch), timeout_s=5)
+        await channel.call(
+            KvStore.ABORT,
+            LeaseRequest(tenant=TenantId("t"), lease=reply.lease.lease, epoch=reply.lease.epoch),
+            timeout_s=5,
+        )
         assert (await stats(channel)).used_bytes == 0
 
 
@@ -136,7 +145,10 @@ async def test_a_truncated_upload_cannot_be_committed(process: StoreProcess) -> 
         with pytest.raises(Fenced):
             await upload(channel, lease, chain(1)[0].hash, 0, b"x")
         commit = CommitRequest(
-            lease=lease, epoch=reply.lease.epoch, blocks=(CommitBlock(hash=name, checksums=(1, 2, 3)),)
+            tenant=TenantId("t"),
+            lease=lease,
+            epoch=reply.lease.epoch,
+            blocks=(CommitBlock(hash=name, checksums=(1, 2, 3)),),
         )
         with pytest.raises(DataCorrupt):
             await channel.call(KvStore.COMMIT, commit, timeout_s=5)
@@ -165,7 +177,7 @@ async def test_get_sends_the_layers_that_are_asked_and_no_block_without_a_lease(
         assert isinstance(held, StoreHeld)
 
         async def get(**fields: Any) -> bytes:
-            request = GetRequest(lease=held.grant.lease, **fields)
+            request = GetRequest(tenant=TenantId("t"), lease=held.grant.lease, **fields)
             got = b""
             async with channel.stream(KvStore.GET, request, timeout_s=5) as chunks:
                 async for chunk in chunks:
@@ -291,7 +303,9 @@ async def test_an_idle_store_needs_little_memory_and_answers_a_strange_lease(fre
         assert Path(info.arena_path) == fresh.arena
         grant = LeaseGrant(lease=LeaseId(secrets.token_hex(4)), epoch=0, ttl_s=1.0)
         with pytest.raises(Fenced):
-            await channel.call(KvStore.RELEASE, LeaseRequest(lease=grant.lease, epoch=grant.epoch), timeout_s=5)
+            await channel.call(
+                KvStore.RELEASE, LeaseRequest(tenant=TenantId("t"), lease=grant.lease, epoch=grant.epoch), timeout_s=5
+            )
 
 
 async def test_layers_that_do_not_divide_a_block_are_refused(process: StoreProcess) -> None:

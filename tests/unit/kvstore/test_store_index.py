@@ -87,7 +87,7 @@ def test_eviction_takes_the_oldest_leaves_and_spares_what_is_leased_or_pinned() 
     release(index, leases[0], 3.0)
     release(index, leases[1], 4.0)
     index.drain_changes()
-    reserve(index, keys([BlockHash(b"x" * 16 + bytes([i])) for i in range(6)], 0, 6), 5.0)
+    reserve(index, keys([BlockHash(b"x" * 15 + bytes([i])) for i in range(6)], 0, 6), 5.0)
     gone = [c for c in index.drain_changes() if c.kind is KvEventKind.EVICTED]
     assert [h for c in gone for h in c.hashes] == CHAINS[0][4::-1]
     assert len(lookup(index, CHAINS[2][:5], 5.0).blocks) == 5
@@ -104,7 +104,7 @@ def test_a_soft_pin_gives_way_to_a_writer_and_a_hard_one_does_not() -> None:
     assert len(lookup(index, CHAINS[0][:6]).blocks) == 6
     assert len(lookup(index, CHAINS[1][:6]).blocks) == 2
     with pytest.raises(NoSpace):
-        reserve(index, keys([BlockHash(b"y%d" % i) for i in range(6)], 0, 6))
+        reserve(index, keys([BlockHash(b"y%015d" % i) for i in range(6)], 0, 6))
     index.check()
 
 
@@ -112,7 +112,7 @@ def test_pins_end_by_themselves_and_cannot_be_renewed() -> None:
     index = make()
     release(index, put(index, CHAINS[0], 2))
     lease = pin(index, CHAINS[0][:2], ttl_s=2.0)
-    index.renew(RenewRequest(lease=lease.lease, epoch=7, done=5, ttl_s=100.0), 1.0)
+    index.renew(RenewRequest(tenant=T, lease=lease.lease, epoch=7, done=5, ttl_s=100.0), 1.0)
     assert index.stats().pinned_blocks == 2
     index.expire(2.0)
     assert index.stats().pinned_blocks == 0
@@ -145,10 +145,10 @@ def test_renewal_needs_progress() -> None:
     put(index, CHAINS[0], 2)
     lease = lookup(index, CHAINS[0][:2], ttl_s=2.0).lease
     assert lease is not None
-    assert index.renew(RenewRequest(lease=lease.lease, epoch=7, done=1, ttl_s=2.0), 1.0).ttl_s == 2.0
-    assert index.renew(RenewRequest(lease=lease.lease, epoch=7, done=1, ttl_s=2.0), 2.0).ttl_s == 1.0
+    assert index.renew(RenewRequest(tenant=T, lease=lease.lease, epoch=7, done=1, ttl_s=2.0), 1.0).ttl_s == 2.0
+    assert index.renew(RenewRequest(tenant=T, lease=lease.lease, epoch=7, done=1, ttl_s=2.0), 2.0).ttl_s == 1.0
     with pytest.raises(LeaseExpired):
-        index.renew(RenewRequest(lease=lease.lease, epoch=7, done=2, ttl_s=2.0), 3.0)
+        index.renew(RenewRequest(tenant=T, lease=lease.lease, epoch=7, done=2, ttl_s=2.0), 3.0)
 
 
 def test_an_older_epoch_is_fenced() -> None:
@@ -157,7 +157,7 @@ def test_an_older_epoch_is_fenced() -> None:
     with pytest.raises(Fenced):
         commit(index, LeaseGrant(lease=reply.lease.lease, epoch=6, ttl_s=1.0), CHAINS[0][:1])
     with pytest.raises(Fenced):
-        index.release(LeaseRequest(lease=reply.lease.lease, epoch=6), 0.0)
+        index.release(LeaseRequest(tenant=T, lease=reply.lease.lease, epoch=6), 0.0)
 
 
 def test_a_commit_may_be_repeated_but_not_of_what_was_not_granted() -> None:

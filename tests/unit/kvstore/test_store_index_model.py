@@ -138,7 +138,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(data=st.data(), done=st.integers(0, 3))
     def renew(self, data: st.DataObject, done: int) -> None:
         lease = data.draw(st.sampled_from(sorted(k for k, r in self.rights.items() if r.kind != "pin")))
-        grant = self.index.renew(RenewRequest(lease=lease, epoch=7, done=done, ttl_s=5.0), self.now)
+        grant = self.index.renew(RenewRequest(tenant=T, lease=lease, epoch=7, done=done, ttl_s=5.0), self.now)
         self.rights[lease].ends = self.now + grant.ttl_s
 
     @rule(chain=st.integers(0, 2), i=st.integers(0, 7))
@@ -203,7 +203,7 @@ class IndexMachine(RuleBasedStateMachine):
             stats.private_blocks,
         ) == (0,) * 5
         with pytest.raises(CoveyError):
-            reserve(self.index, keys([BlockHash(b"%d" % i) for i in range(17)], 0, 17), self.now + 1000.0)
+            reserve(self.index, keys([BlockHash(b"%016d" % i) for i in range(17)], 0, 17), self.now + 1000.0)
 
 
 IndexMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50)

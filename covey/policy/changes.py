@@ -1,0 +1,46 @@
+"""What watchers of a store are told: which shared blocks came, went or changed, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from covey.policy.block_columns import BlockColumns
+from covey.types.ids import BlockHash, NamespaceId
+from covey.types.kv import KvEventKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexChange:
+    """One kind of change to some blocks of a namespace; private blocks never appear here."""
+
+    kind: KvEventKind
+    namespace: NamespaceId
+    hashes: tuple[BlockHash, ...]
+
+
+class Changes:
+    """Changes since the last `drain`; like ones that follow each other are told as one."""
+
+    def __init__(self, columns: BlockColumns) -> None:
+        self._columns = columns
+        self._noted: list[tuple[KvEventKind, NamespaceId, list[BlockHash]]] = []
+
+    def note(self, kind: KvEventKind, rows: Sequence[int], namespace: NamespaceId) -> None:
+        """Note a change of blocks of one namespace, while their rows are still theirs."""
+        shared = np.asarray(rows, np.int32)
+        shared = shared[self._columns.private[shared] == 0]
+        if not len(shared):
+            return
+        names = self._columns.names(shared)
+        if self._noted and self._noted[-1][:2] == (kind, namespace):
+            self._noted[-1][2].extend(names)
+        else:
+            self._noted.append((kind, namespace, list(names)))
+
+    def drain(self) -> tuple[IndexChange, ...]:
+        """Return what was noted since the last call, in order."""
+        noted, self._noted = self._noted, []
+        return tuple(IndexChange(kind=kind, namespace=space, hashes=tuple(names)) for kind, space, names in noted)
