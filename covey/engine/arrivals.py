@@ -15,11 +15,14 @@ from .moves import Moves
 from .sequence import Sequence
 from .stepping import Stepper
 
+PIECES_MAX = 8
+"""A piece of layers smaller than this part of them is not worth a step of its own."""
+
 
 class Arrivals:
     """Lets admitted sequences run.
 
-    One whose blocks are being loaded joins the batch with its first layer and is suspended in the runner between the
+    One whose blocks are being loaded joins the batch with its first layers and is suspended in the runner between the
     layers that are there and those that are not, while the others decode through all of theirs. Nothing is drawn, and
     no block is named, before the load has ended well; when a block turns out bad, what the sequence did is void and it
     computes from the last good one. So layers may come in any order of bursts, or break off: the tokens are the same.
@@ -45,6 +48,7 @@ class Arrivals:
         self._moves = moves
         self._stepper = stepper
         self._clock = clock
+        self._n_layers = n_layers
         self._layers_max = n_layers - 1  # the last layer ends in a draw
         self._by_layer = by_layer and n_layers > 1
         self._in_step = in_step
@@ -80,14 +84,23 @@ class Arrivals:
     def _layers_came(self, seq: Sequence, tokens: int, layers: int) -> None:
         if seq.is_over:
             return
-        seq.got_kv(self._clock.now())
+        done = self._batcher.layers_of(seq.id) if seq.is_loading else 0
         layers = min(layers, self._layers_max)
+        if layers - done < self._piece(done):
+            return
+        seq.got_kv(self._clock.now())
         if seq.is_loading:
             self._batcher.advance(seq.id, layers)
         else:
             seq.is_loading, seq.computed = True, tokens
             self._join(seq, layers)
         self._moves.wake()
+
+    def _piece(self, done: int) -> int:
+        """Layers that make it worth to run on after `done`: half of what is left, so that pieces are few and the last,
+        which nothing overlaps, is small.
+        """
+        return max(-(-(self._layers_max - done) // 2), self._n_layers // PIECES_MAX, 1)
 
     def _loaded(self, seq: Sequence) -> None:
         if not seq.is_loading:

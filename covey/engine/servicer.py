@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import asdict
+
+from opentelemetry import trace
 
 from covey.codec.methods import Decode, Prefill
 from covey.net.rpc import Call, Handlers
 from covey.types.common import Empty
-from covey.types.generate import CancelRequest, EngineInfo, EngineLoad, Event, GenerateRequest
+from covey.types.generate import (
+    CancelRequest,
+    EngineInfo,
+    EngineLoad,
+    Event,
+    Finished,
+    GenerateRequest,
+    Handover,
+    Timings,
+)
 
 from .engine import Engine
 
@@ -38,6 +50,8 @@ class EngineServicer:
         """Run a request; the caller's leaving cancels it."""
         async with aclosing(self._engine.generate(request)) as events:
             async for event in events:
+                if isinstance(event, Finished | Handover):
+                    _note(event.timings)
                 yield event
 
     async def cancel(self, request: CancelRequest, _: Call) -> Empty:
@@ -53,3 +67,8 @@ class EngineServicer:
         """Refuse new requests and wait for those that run."""
         await self._engine.drain(timeout_s=call.remaining_s())
         return Empty()
+
+
+def _note(timings: Timings) -> None:
+    """Write into the call's span where its time went."""
+    trace.get_current_span().set_attributes({f"covey.{name}": value for name, value in asdict(timings).items()})

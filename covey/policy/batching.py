@@ -88,6 +88,10 @@ class Batcher:
         """
         self._ledger.start(seq, computed=computed, known=known, layers=layers)
 
+    def layers_of(self, seq: int) -> int:
+        """How many leading layers of a running sequence are there, while it is loaded."""
+        return self._ledger.running[seq].layers or 0
+
     def advance(self, seq: int, layers: int) -> None:
         """More leading layers of a running sequence are loaded; it is drawn from only after `settle`."""
         self._ledger.running[seq].layers = layers

@@ -78,6 +78,8 @@ async def test_one_request_is_one_trace_through_gateway_prefill_and_decode(mesh:
     for name, service in (("covey.v1.Prefill/Generate", "covey-prefill"), ("covey.v1.Decode/Generate", "covey-decode")):
         assert (spans[name].service, spans[name].parent_id) == (service, edge.span_id)
     assert {span.attributes["covey.code"] for span in (edge, *spans.values())} == {"OK"}
+    took = spans["covey.v1.Decode/Generate"].attributes
+    assert 0 < float(took["covey.kv_wait_s"]) <= float(took["covey.lookup_s"]) + float(took["covey.transfer_s"]) + 0.01
     assert not [span for span in seen.spans if SECRET in repr(span)]
 
 

@@ -76,4 +76,4 @@ def collector() -> Iterator[Collector]:
 
 
 def _attributes(pairs: Any) -> dict[str, str]:
-    return {pair.key: pair.value.string_value for pair in pairs}
+    return {pair.key: str(getattr(pair.value, pair.value.WhichOneof("value") or "string_value")) for pair in pairs}
