@@ -44,6 +44,12 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """Cores to use at most; engines on one host divide theirs by who is busy."""
     kv_transport: Literal["auto", "grpc"] = "auto"
     """How blocks travel: `auto` maps the arena of a store on this host, `grpc` never does."""
+    kv_codecs: tuple[Literal["FP16", "INT8", "PQ4"], ...] = ()
+    """Lossy codecs that this worker takes blocks in; answers may then differ. Workers with other ones share no blocks
+    with it: what is computed from such blocks is not exact either.
+    """
+    kv_codebook: str | None = None
+    """The codebook of PQ4, the same file as the stores'."""
     batching: Batching = _LIMITS.batch.batching
     """How requests are ordered and prompts cut."""
     admission: Admission = _LIMITS.admission
@@ -81,6 +87,8 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
 
     def __post_init__(self) -> None:
         self.limits()
+        if "PQ4" in self.kv_codecs and self.kv_codebook is None:
+            raise ValueError("kv_codecs has PQ4: name its codebook in kv_codebook")
 
     def limits(self) -> EngineLimits:
         """The engine's bounds. Raises ValueError when they contradict each other."""

@@ -159,11 +159,13 @@ async def open_engine(
     store: BlockStore | None = None,
     on_blocks: OnBlocks | None = None,
     model: str | None = None,
+    dialect: str = "",
     grace_s: float = 10.0,
 ) -> AsyncIterator[Engine]:
     """Run an engine for the length of a block; leaving it lets running requests end for at most `grace_s`.
 
-    `model` is what the mesh calls the runner's model, by default the runner's own name for it.
+    `model` is what the mesh calls the runner's model, by default the runner's own name for it. Engines of another
+    `dialect` share no blocks with this one.
 
     A crash of the engine leaves as an exception: a new process is the cure.
     """
@@ -185,10 +187,12 @@ async def open_engine(
         supervisor = await stack.enter_async_context(supervise(grace_s=grace_s))
         capacity = limits.batch.queue_max + limits.batch.max_running
         ref = supervisor.start(lambda: actor, name=f"engine {worker}", capacity=capacity)
-        yield Engine(ref, actor.board, _info(actor, runner, role, worker), limits, clock, actor.check, grammars)
+        yield Engine(
+            ref, actor.board, _info(actor, runner, role, worker, dialect), limits, clock, actor.check, grammars
+        )
 
 
-def _info(actor: EngineActor, runner: Runner, role: Role, worker: WorkerId) -> EngineInfo:
+def _info(actor: EngineActor, runner: Runner, role: Role, worker: WorkerId, dialect: str) -> EngineInfo:
     info = runner.info
     return EngineInfo(
         worker=worker,
@@ -201,7 +205,7 @@ def _info(actor: EngineActor, runner: Runner, role: Role, worker: WorkerId) -> E
         layers=info.n_layers,
         capacity_blocks=info.n_blocks,
         context_limit=actor.intake.context_limit,
-        layout_fingerprint=info.layout_fingerprint,
+        layout_fingerprint=info.layout_fingerprint + dialect,
         precision=info.precision,
         kv_dtype=info.kv_dtype,
         features=FEATURES[role],

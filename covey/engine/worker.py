@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING
 import anyio
 
 from covey.clock import Clock
+from covey.compression import Codebook
 from covey.errors import InvalidArgument, Unavailable
 from covey.model.plan import Runner
 from covey.model.share import CoreShare
 from covey.model.source import ModelSource
 from covey.net.kv import KvClient, KvClientConfig, StoreNode
 from covey.net.kv.agreed import AgreedRing
+from covey.net.kv.codebook_file import read_codebook
 from covey.net.registry import Registry
 from covey.net.rpc import Channels
 from covey.types.event import WorkerState
 from covey.types.generate import Role
 from covey.types.ids import WorkerId
+from covey.types.kv import BlockCodec
 from covey.types.store import BlockStore
 
 from .actor import OnBlocks
@@ -70,6 +73,7 @@ async def open_worker(
             store=store,
             on_blocks=on_blocks,
             model=model.name,
+            dialect=await anyio.to_thread.run_sync(_dialect, config),
             grace_s=config.drain_s,
         ) as engine:
             with watchdog(engine.board, clock, stuck_s=config.stuck_exit_s):
@@ -81,10 +85,14 @@ async def load_model(config: EngineConfig, *, run_dir: Path, clock: Clock) -> Lo
     return await anyio.to_thread.run_sync(_load_model, config, run_dir, clock)
 
 
-def store_client(
+async def store_client(
     config: EngineConfig, registry: Registry, channels: Channels, ring: AgreedRing, *, clock: Clock, host: str
 ) -> KvClient:
-    """The store over the nodes that the registry knows at each call, placed as the ring says."""
+    """The store over the nodes that the registry knows at each call, placed as the ring says.
+
+    Raises ConfigError when there is no codebook where the settings say.
+    """
+    codebook = await anyio.to_thread.run_sync(_codebook, config)
 
     def nodes() -> Sequence[StoreNode]:
         return [
@@ -104,7 +112,11 @@ def store_client(
         channels,
         clock=clock,
         boot_id=host,
-        config=KvClientConfig(transport=config.kv_transport),
+        config=KvClientConfig(
+            transport=config.kv_transport,
+            codecs=tuple(BlockCodec(name) for name in config.kv_codecs),
+            codebook=codebook,
+        ),
         agreed=lambda: ring.current,
     )
 
@@ -128,6 +140,18 @@ def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
         "swapped_out": board.swapped_out,
     }
     return {(name,): float(value) for name, value in (asdict(engine.load()) | counts).items()}
+
+
+def _codebook(config: EngineConfig) -> Codebook | None:
+    return None if config.kv_codebook is None else read_codebook(config.kv_codebook, field="kv_codebook")
+
+
+def _dialect(config: EngineConfig) -> str:
+    """What this worker reads besides exact blocks: all that it computes depends on it."""
+    if not config.kv_codecs:
+        return ""
+    codebook = _codebook(config) if "PQ4" in config.kv_codecs else None
+    return "+".join(("", *sorted(set(config.kv_codecs)), *(() if codebook is None else (f"{codebook.id:016x}",))))
 
 
 def _load_model(config: EngineConfig, run_dir: Path, clock: Clock) -> LoadedModel:

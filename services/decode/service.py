@@ -27,7 +27,7 @@ async def serve(config: Config, rt: Runtime) -> None:
         AgreedRing.open(bus, clock=rt.clock) as ring,
         _block_events(bus, rt) as events,
     ):
-        store = store_client(config, registry, rt.channels, ring, clock=rt.clock, host=rt.host)
+        store = await store_client(config, registry, rt.channels, ring, clock=rt.clock, host=rt.host)
         async with (
             open_worker(
                 config,

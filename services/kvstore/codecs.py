@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from covey.compression import Codebook, Codecs
+from covey.compression import Codecs
 from covey.config import ConfigError, Positive
-from covey.errors import DataCorrupt
+from covey.net.kv.codebook_file import read_codebook
 from covey.policy.codecs import TierCodecs
 from covey.types.ids import TenantId
 from covey.types.kv import BlockCodec, Tier
@@ -52,16 +51,4 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         names = {self.memory, self.disk, self.remote, *self.tenants.values()}
         if self.codebook is None and "PQ4" in names:
             raise ConfigError("PQ4 needs a codebook: `covey codebook` trains one", field="codecs.codebook")
-        return open_codecs(self.codebook, field="codecs.codebook")
-
-
-def open_codecs(codebook: str | None, *, field: str) -> Codecs:
-    """The codecs of a process with this codebook's file. Raises `ConfigError`, naming `field`."""
-    if codebook is None:
-        return Codecs()
-    try:
-        return Codecs(Codebook.from_bytes(Path(codebook).read_bytes()))
-    except OSError as error:
-        raise ConfigError(f"{codebook}: {error.strerror}", field=field) from error
-    except DataCorrupt as error:
-        raise ConfigError(f"{codebook}: {error.message}", field=field) from error
+        return Codecs(None if self.codebook is None else read_codebook(self.codebook, field="codecs.codebook"))

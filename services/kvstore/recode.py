@@ -22,7 +22,7 @@ from covey.errors import CoveyError, DataCorrupt, InvalidArgument, LayoutMismatc
 from covey.net.kv.copying import checksums
 from covey.policy.codecs import can_recode, settled
 from covey.policy.store_index import Placed
-from covey.types.ids import BlockHash, LeaseId, NamespaceId
+from covey.types.ids import BlockHash, NamespaceId, TenantId
 from covey.types.kv import (
     BlockCodec,
     LeaseGrant,
@@ -41,6 +41,8 @@ from .tasks import Progress
 R = TypeVar("R")
 
 OWNER = "store/recode"
+STORE = TenantId("")
+"""Whose the leases on new versions are: the store's own."""
 LEASE_TTL_S = 30.0
 ASK_TIMEOUT_S = 5.0
 LIST_MAX = 4096
@@ -197,7 +199,7 @@ class Recoder:
                 lambda store, now: store.replace(grant.lease, name, version.payload, version.sums, now)
             )
         finally:
-            await self._release(grant)
+            await self._release(grant, STORE)
 
     @asynccontextmanager
     async def _reading(self, slot: Placed) -> AsyncIterator[Placed | None]:
@@ -219,11 +221,11 @@ class Recoder:
         try:
             yield found[1]
         finally:
-            await self._release(found[0])
+            await self._release(found[0], slot.tenant)
 
-    async def _release(self, grant: LeaseGrant) -> None:
+    async def _release(self, grant: LeaseGrant, tenant: TenantId) -> None:
         """End a lease of ours, also when the task is cancelled; one that has ended is as good."""
-        request = LeaseRequest(lease=LeaseId(grant.lease), epoch=grant.epoch)
+        request = LeaseRequest(tenant=tenant, lease=grant.lease, epoch=grant.epoch)
         with anyio.CancelScope(shield=True), suppress(CoveyError):
             await self._ask(lambda store, now: store.index.release(request, now))
 

@@ -15,7 +15,7 @@ from .config import Config
 async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped; what runs then has `drain_s` to end. Raises Unavailable when a dependency is missing."""
     async with rt.bus() as bus, rt.registry(bus) as registry, AgreedRing.open(bus, clock=rt.clock) as ring:
-        store = store_client(config, registry, rt.channels, ring, clock=rt.clock, host=rt.host)
+        store = await store_client(config, registry, rt.channels, ring, clock=rt.clock, host=rt.host)
         async with (
             open_worker(
                 config, role=Role.PREFILL, worker=rt.worker, clock=rt.clock, run_dir=rt.run_dir, store=store
