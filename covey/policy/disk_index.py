@@ -37,7 +37,8 @@ class _Segment:
     blocks: int = 0
     live_bytes: int = 0
     total_bytes: int = 0
-    newest_use: float = 0.0
+    use_sum: float = 0.0
+    """Of the times of last use of its live blocks."""
 
 
 class DiskIndex:
@@ -188,7 +189,7 @@ class DiskIndex:
         worth: dict[int, tuple[bool, float]] = {}
         for number, segment in self._segments.items():
             share = segment.live_bytes / max(1, segment.total_bytes)
-            age_s = 1.0 + max(0.0, now - segment.newest_use)
+            age_s = 1.0 + max(0.0, now - segment.use_sum / max(1, segment.blocks))
             worth[number] = (segment.live_bytes == 0, (1.1 - share) * age_s / (1.0 + share))
         candidates = [number for number in sorted(self._segments) if number != keep]
         return max(candidates, key=worth.__getitem__, default=None)
@@ -237,6 +238,7 @@ class DiskIndex:
             assert segment.blocks == len(live[number])
             assert segment.live_bytes == sum(self._size[row] for row in live[number]) * RECORD_ALIGN
             assert segment.live_bytes <= segment.total_bytes
+            assert abs(segment.use_sum - sum(self._used[row] for row in live[number])) < 1e-3 * max(1.0, self._use_sum)
         assert self.live_bytes == sum(segment.live_bytes for segment in self._segments.values())
         assert self.total_bytes == sum(segment.total_bytes for segment in self._segments.values())
         assert sum(self._tenant_bytes) == self.live_bytes
@@ -281,11 +283,11 @@ class DiskIndex:
         """A parent is of use whenever its child is; the walk ends where that is known already."""
         at = row
         while at != _NONE and (at == row or self._used[at] < self._used[row]):
-            self._use_sum -= self._used[at]
-            self._used[at] = max(now, self._used[at])
-            self._use_sum += self._used[at]
-            segment = self._segments[self._segment[at]]
-            segment.newest_use = max(segment.newest_use, now)
+            before = self._used[at]
+            self._used[at] = max(now, before)
+            later = self._used[at] - before
+            self._use_sum += later
+            self._segments[self._segment[at]].use_sum += later
             at = self._parent[at]
 
     def _new_row(self) -> int:
@@ -310,6 +312,8 @@ class DiskIndex:
         size_bytes = sign * self._size[row] * RECORD_ALIGN
         segment = self._segments[self._segment[row]]
         segment.blocks += sign
+        segment.use_sum += sign * self._used[row]
+        self._use_sum += sign * self._used[row]
         segment.live_bytes += size_bytes
         self.live_bytes += size_bytes
         self._tenant_bytes[self._tenant[row]] += size_bytes
@@ -340,7 +344,6 @@ class DiskIndex:
         for each in going:
             self._table.discard(each)
             self._account(each, -1)
-            self._use_sum -= self._used[each]
             self._segment[each], self._next[each] = 0, self._free
             self._free = each
         self.blocks -= len(going)

@@ -7,15 +7,29 @@ from typing import Annotated
 import msgspec
 
 from covey.config import CommonConfig, NonNegative, Positive, PositiveInt
+from covey.net.kv.copier import CopyLimits
+from covey.policy.ring import RingLimits
 from covey.policy.store_index import StoreLimits
 
+from .bulk import BulkLimits
+from .codecs import CodecSettings
+from .tiers.config import DiskConfig, MoveConfig, RemoteConfig
+
 _DEFAULTS = StoreLimits()
+_COPIES = CopyLimits()
+_RING = RingLimits()
 
 
 class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one node of the store needs to know."""
 
     listen: str = "127.0.0.1:0"
+    bulk_listen: str | None = None
+    """Where blocks travel over plain TCP, for clients on other hosts: by default any port beside `listen`; empty: over
+    gRPC only."""
+    bulk_connections_max: PositiveInt = 64
+    bulk_stall_s: Positive = 30.0
+    """How long a bulk connection may stand still in the middle of an exchange before it is closed."""
     capacity_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 1 << 30
     """Size of the arena. Its pages are taken when blocks come, not at start."""
     arena_dir: str | None = None
@@ -30,8 +44,42 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     """How much of the arena pins may hold."""
     cooling_s: NonNegative = _DEFAULTS.cooling_s
     """How long a slot rests after its writer was presumed dead."""
+    codecs: CodecSettings = CodecSettings()
+    """How blocks are encoded."""
+    disk: DiskConfig = DiskConfig()
+    """Blocks on this node's disk."""
+    remote: RemoteConfig = RemoteConfig()
+    """Blocks in an engine that a fleet shares."""
+    move: MoveConfig = MoveConfig()
+    """When blocks move between memory and what lies below."""
     events_kept: PositiveInt = 4096
     """Events that a watcher may lag behind before it gets a snapshot instead."""
+
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
+    """On how many nodes each block is, on different hosts where there are several. Set it alike on all nodes."""
+    copy_bytes_per_s: Positive = _COPIES.bytes_per_s
+    """Pace at which blocks are copied and moved to other nodes."""
+    copy_timeout_s: Positive = _COPIES.timeout_s
+    """How long one batch of at most 8 MiB may take on its way to another node."""
+    ring_join_s: NonNegative = _RING.join_s
+    """How long a node must be there before it owns blocks; doubled each time that it went away."""
+    ring_leave_s: NonNegative = _RING.leave_s
+    """How long a node must be missing before others own its blocks."""
+
+    def copy_limits(self) -> CopyLimits:
+        return CopyLimits(timeout_s=self.copy_timeout_s, bytes_per_s=self.copy_bytes_per_s)
+
+    def ring_limits(self) -> RingLimits:
+        return RingLimits(join_s=self.ring_join_s, leave_s=self.ring_leave_s)
+
+    def bulk_address(self) -> str:
+        """Where to listen for blocks over plain TCP; empty for nowhere."""
+        if self.bulk_listen is None:
+            return f"{self.listen.rpartition(':')[0] or '127.0.0.1'}:0"
+        return self.bulk_listen
+
+    def bulk_limits(self) -> BulkLimits:
+        return BulkLimits(connections_max=self.bulk_connections_max, stall_s=self.bulk_stall_s)
 
     def limits(self) -> StoreLimits:
         return StoreLimits(

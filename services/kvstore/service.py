@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import astuple, fields
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields, replace
+from functools import partial
 
 import anyio
+from anyio import to_thread
 
 from covey.actor import supervise
-from covey.codec import encode
-from covey.net.kv_events import kv_subject
 from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex
 from covey.runtime import Runtime
-from covey.types.generate import EngineLoad, Role
-from covey.types.kv import KvEvent, StoreInfo, StoreStats, TaskKind
+from covey.types.kv import StoreInfo, StoreStats, TaskKind
 
 from .arena_file import arena_file, choose_directory
+from .bulk import BulkServer
 from .config import Config
+from .encoding import encoders
 from .event_log import EventLog
-from .servicer import Servicer
+from .meshed import meshed
+from .recode import Recoder
+from .servicer import Servicer, condemn
 from .store import Store, StoreActor
 from .tasks import Handler, Tasks
+from .tiers.opening import open_tiers
+from .transfers import Transfers
 
 INBOX_CAPACITY = 1024
 
@@ -30,6 +35,7 @@ INBOX_CAPACITY = 1024
 async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped. With `nats = ""` the node stands alone: whoever knows its address uses it."""
     directory = choose_directory(config.arena_dir, rt.run_dir, config.capacity_bytes)
+    codecs = await to_thread.run_sync(config.codecs.open)
     layout = Arena(config.capacity_bytes)
     with arena_file(directory, f"{rt.worker}-{rt.epoch}", layout.capacity_bytes) as arena:
         index = StoreIndex(arena=layout, epoch=rt.epoch, name=f"{rt.worker}-{rt.epoch}", limits=config.limits())
@@ -42,17 +48,43 @@ async def serve(config: Config, rt: Runtime) -> None:
             probe_path=str(arena.probe_path),
             probe_nonce=arena.probe_nonce,
         )
-        rt.metrics.sampled("kvstore", "State and counts of the KV store.", ["what"], lambda: _by_name(index.stats()))
         async with supervise(grace_s=config.drain_s) as actors:
             actor = actors.start(lambda: StoreActor(store, rt.clock), name="store", capacity=INBOX_CAPACITY)
             handlers: dict[TaskKind, Handler] = {}  # each kind of task registers its own
-            async with (
-                _tasks(handlers) as tasks,
-                rt.serve_rpc(config.listen, Servicer(store, actor, info, tasks).handlers(), config.drain_s) as server,
-                _announced(config, rt, server.address, info, store),
-            ):
+            recoder = Recoder(store, actor, codecs, config.codecs)
+            handlers[TaskKind.RECODE] = recoder.recode
+            transfers = Transfers(store, rt.clock)
+            bulk = BulkServer(transfers, partial(condemn, actor), token=rt.mesh_token, limits=config.bulk_limits())
+            async with AsyncExitStack() as stack:
+                mesh = await stack.enter_async_context(meshed(config, rt, store, actor))
+                if mesh is not None:
+                    handlers |= mesh.handlers()
+                opened = open_tiers(
+                    store, actor, disk=config.disk, remote=config.remote, move=config.move, clock=rt.clock, rng=rt.rng,
+                    encoders=encoders(codecs, config.codecs.policy()),
+                )  # fmt: skip
+                tiers = await stack.enter_async_context(opened)
+                handlers |= tiers.handlers()
+                rt.metrics.sampled("kvstore_tier", "State and counts of each tier.", ["tier", "what"], tiers.metrics)
+                tasks = await stack.enter_async_context(_tasks(handlers))
+                await stack.enter_async_context(recoder.running())
+                if config.bulk_address():
+                    info = replace(
+                        info, bulk_address=await stack.enter_async_context(bulk.serve(config.bulk_address()))
+                    )
+                servicer = Servicer(store, actor, info, tasks, transfers, tiers, mesh)
+                rt.metrics.sampled(
+                    "kvstore", "State and counts of the KV store.", ["what"], lambda: _by_name(servicer.now())
+                )
+                server = await stack.enter_async_context(
+                    rt.serve_rpc(config.listen, servicer.handlers(), config.drain_s)
+                )
+                if mesh is not None:
+                    await stack.enter_async_context(mesh.announced(server.address, info))
                 await rt.ready()
                 await rt.until_stopped()
+                if mesh is not None:
+                    rt.log.info("left", blocks=await mesh.leave())
                 store.log.close()
 
 
@@ -63,29 +95,6 @@ async def _tasks(handlers: dict[TaskKind, Handler]) -> AsyncIterator[Tasks]:
         tg.cancel_scope.cancel()
 
 
-@asynccontextmanager
-async def _announced(config: Config, rt: Runtime, address: str, info: StoreInfo, store: Store) -> AsyncIterator[None]:
-    if not config.nats:
-        yield
-        return
-
-    def load() -> EngineLoad:
-        stats = store.index.stats()
-        return EngineLoad(
-            pinned_blocks=stats.pinned_blocks, cached_blocks=stats.blocks, total_blocks=config.blocks_max,
-            free_blocks=config.blocks_max - stats.blocks, draining=store.log.closed,
-        )  # fmt: skip
-
-    async def publish(event: KvEvent) -> None:
-        await bus.publish(kv_subject(Role.KVSTORE, rt.worker), encode(event))
-
-    async with rt.bus() as bus, anyio.create_task_group() as tg:
-        tg.start_soon(store.log.forward, publish, name="kv events")
-        async with rt.announce(bus, Role.KVSTORE, address, store=info, load=load):
-            yield
-        store.log.close()
-
-
 def _by_name(stats: StoreStats) -> dict[tuple[str, ...], float]:
-    names = (field.name for field in fields(stats))
-    return {(name,): float(value) for name, value in zip(names, astuple(stats), strict=True)}
+    values = ((field.name, getattr(stats, field.name)) for field in fields(stats))
+    return {(name,): float(value) for name, value in values if isinstance(value, int | float)}

@@ -10,36 +10,40 @@ from anyio import to_thread
 
 from covey.actor import Ref
 from covey.codec.methods import KvStore
-from covey.errors import DataCorrupt, NoSpace
+from covey.errors import DataCorrupt, InvalidArgument, NoSpace
 from covey.net.kv.copying import checksums
-from covey.net.kv.reading import layer_range
 from covey.net.rpc import Call, Handlers
-from covey.policy.slot import SlotHeader
 from covey.policy.store_index import Placed
 from covey.types import kv
 from covey.types.common import Empty
 from covey.types.ids import LeaseId, NamespaceId, TenantId
 
 from .event_log import SCHEMA
+from .meshed import Meshed
 from .store import Command, Store
 from .tasks import Tasks
+from .tiers.tiers import Tiers
+from .transfers import Transfers
 
 R = TypeVar("R")
 
 COMMAND_TIMEOUT_S = 5.0
-STREAMED_MAX = 65_536
-"""Blocks written over gRPC and not yet committed whose bytes are checked at commit."""
 
 
 class Servicer:
     """Handlers over one store."""
 
-    def __init__(self, store: Store, actor: Ref[Command[object]], info: kv.StoreInfo, tasks: Tasks) -> None:
+    def __init__(
+        self, store: Store, actor: Ref[Command[object]], info: kv.StoreInfo, tasks: Tasks, transfers: Transfers,
+        tiers: Tiers, meshed: Meshed | None = None,
+    ) -> None:  # fmt: skip
         self._store = store
         self._actor = actor
         self._info = info
         self._tasks = tasks
-        self._streamed: dict[tuple[str, bytes], None] = {}
+        self._transfers = transfers
+        self._tiers = tiers
+        self._meshed = meshed
 
     def handlers(self) -> Handlers:
         return {
@@ -67,7 +71,15 @@ class Servicer:
         return self._info
 
     async def lookup(self, request: kv.LookupRequest, call: Call) -> kv.LookupReply:
-        return await self._do(call, lambda store, now: store.index.lookup(request, now))
+        """Look up in memory; what is not there is asked of the tiers below, which may bring it up first."""
+
+        async def look_up() -> kv.LookupReply:
+            return await self._do(call, lambda store, now: store.index.lookup(request, now))
+
+        reply = await look_up()
+        if self._tiers.is_needed(request, reply):
+            reply = await self._tiers.look_below(request, reply, look_up, within_s=call.within(request.wait_s))
+        return reply
 
     async def reserve(self, request: kv.ReserveRequest, call: Call) -> kv.ReserveReply:
         reply, unbacked = await self._do(call, partial(_reserve, request))
@@ -84,37 +96,46 @@ class Servicer:
     async def write(self, chunks: AsyncIterator[kv.WriteChunk], call: Call) -> kv.WriteReply:
         total = 0
         async for chunk in chunks:
-            if len(self._streamed) >= STREAMED_MAX:
-                del self._streamed[next(iter(self._streamed))]
-            self._streamed[chunk.lease, chunk.hash] = None
-            total += await self._do(call, partial(_write, chunk))
+            _check_tenant(chunk.tenant)
+            total += self._transfers.write(chunk)
         return kv.WriteReply(size_bytes=total)
 
     async def commit(self, request: kv.CommitRequest, call: Call) -> kv.CommitReply:
-        """Commit; blocks that came over gRPC are checked first, for a stream may have ended early."""
+        """Commit; blocks that came through the service are checked first, for a stream may have ended early."""
+        _check_tenant(request.tenant)
+        if request.ack is kv.AckLevel.DURABLE:
+            self._tiers.check_durable()
         for block in request.blocks:
-            if (request.lease, block.hash) in self._streamed:
-                del self._streamed[request.lease, block.hash]
+            if self._transfers.was_streamed(request.lease, block.hash):
                 await self._check_streamed(request.lease, block, call)
-        return await self._do(call, lambda store, now: store.commit(request, now))
+        reply = await self._do(call, lambda store, now: store.commit(request, now))
+        if request.ack is kv.AckLevel.REPLICATED and self._meshed is not None and request.blocks:
+            names = tuple(block.hash for block in request.blocks)
+            placed = await self._do(call, lambda store, now: store.index.locate(request.lease, names[:1], now))
+            await self._meshed.replication.acknowledge(placed[0].namespace, names)
+        if request.ack is kv.AckLevel.DURABLE and request.blocks:
+            names = tuple(block.hash for block in request.blocks)
+            placed = await self._do(call, lambda store, now: store.index.locate(request.lease, names[:1], now))
+            await self._tiers.make_durable(placed[0].namespace, names)
+        return reply
 
     async def get(self, request: kv.GetRequest, call: Call) -> AsyncIterator[kv.BlockChunk]:
-        placed = await self._do(call, partial(_locate, request))
-        for first, last in _passes(request, placed[0].shape.layers if placed else 1):
-            for slot in placed:
-                layers = layer_range(slot.shape, first, last or slot.shape.layers)
-                sums = (await self._header(slot, call)).checksums if first == request.first_layer else ()
-                for at in range(layers.start, layers.end, kv.CHUNK_BYTES_MAX):
-                    # Before each piece: the lease may have ended while a slow reader took the last one.
-                    await self._do(call, partial(_check_lease, request))
-                    data = bytes(self._store.payload(slot)[at : min(layers.end, at + kv.CHUNK_BYTES_MAX)])
-                    yield kv.BlockChunk(hash=slot.location.hash, offset=at, data=data, checksums=sums)
-                    sums = ()
+        _check_tenant(request.tenant)
+        reader = self._transfers.read(request)
+        try:
+            for piece in reader.pieces(kv.CHUNK_BYTES_MAX):
+                yield kv.BlockChunk(hash=piece.hash, offset=piece.offset, data=piece.data, checksums=piece.checksums)
+        except DataCorrupt as error:
+            if reader.slot is not None:
+                await condemn(self._actor, reader.slot, error.message)
+            raise
 
     async def renew(self, request: kv.RenewRequest, call: Call) -> kv.LeaseGrant:
+        _check_tenant(request.tenant)
         return await self._do(call, lambda store, now: store.index.renew(request, now))
 
     async def release(self, request: kv.LeaseRequest, call: Call) -> Empty:
+        _check_tenant(request.tenant)
         await self._do(call, lambda store, now: store.index.release(request, now))
         return Empty()
 
@@ -143,7 +164,12 @@ class Servicer:
         return await self._do(call, lambda store, _: store.snapshot())
 
     async def stats(self, _: Empty, __: Call) -> kv.StoreStats:
-        return self._store.index.stats()
+        return self.now()
+
+    def now(self) -> kv.StoreStats:
+        """Count what is there."""
+        stats = self._tiers.stats(self._store.index.stats())
+        return stats if self._meshed is None else self._meshed.stats(stats)
 
     async def start(self, request: kv.StartTask, _: Call) -> kv.TaskStatus:
         return self._tasks.start(request)
@@ -170,42 +196,24 @@ class Servicer:
         if found != block.checksums:
             raise DataCorrupt("the bytes that were written do not have these checksums", field="blocks")
 
-    async def _header(self, slot: Placed, call: Call) -> SlotHeader:
-        try:
-            return self._store.header(slot)
-        except DataCorrupt as error:
-            await self._condemn(slot, error.message, call)
-            raise
 
-    async def _condemn(self, slot: Placed, reason: str, call: Call) -> None:
-        request = kv.QuarantineRequest(
-            tenant=TenantId(""), namespace=slot.namespace, hash=slot.location.hash, reason=reason
-        )
-        await self._do(call, lambda store, now: store.index.quarantine(request, now))
+async def condemn(actor: Ref[Command[object]], slot: Placed, reason: str) -> None:
+    """Take a block out that was found to be bad."""
+    request = kv.QuarantineRequest(
+        tenant=TenantId(""), namespace=slot.namespace, hash=slot.location.hash, reason=reason
+    )
+    await actor.ask(Command(act=lambda store, now: store.index.quarantine(request, now)), timeout_s=COMMAND_TIMEOUT_S)
+
+
+def _check_tenant(tenant: TenantId) -> None:
+    """A lease belongs to a tenant; within this process none means the store itself, on the wire it means nobody."""
+    if not tenant:
+        raise InvalidArgument("say whose lease this is", field="tenant")
 
 
 def _reserve(request: kv.ReserveRequest, store: Store, now: float) -> tuple[kv.ReserveReply, list[Placed]]:
     reply = store.reserve(request, now)
     return reply, store.unbacked(reply, now)
-
-
-def _write(chunk: kv.WriteChunk, store: Store, now: float) -> int:
-    return store.write(chunk, now)
-
-
-def _locate(request: kv.GetRequest, store: Store, now: float) -> tuple[Placed, ...]:
-    return store.index.locate(request.lease, request.hashes, now)
-
-
-def _check_lease(request: kv.GetRequest, store: Store, now: float) -> None:
-    store.index.locate(request.lease, (), now)
-
-
-def _passes(request: kv.GetRequest, layers: int) -> list[tuple[int, int]]:
-    """Return the layers of each pass over the blocks; 0 as an end is each block's own."""
-    if not request.by_layer:
-        return [(request.first_layer, request.last_layer)]
-    return [(layer, layer + 1) for layer in range(request.first_layer, request.last_layer or layers)]
 
 
 def _as_events(snapshot: kv.KvSnapshot) -> list[kv.KvEvent]:

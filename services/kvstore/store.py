@@ -11,10 +11,11 @@ import anyio
 from covey import failpoint
 from covey.actor import Ask, Inbox
 from covey.clock import Clock
-from covey.errors import CoveyError, DataCorrupt, InvalidArgument
+from covey.errors import CoveyError, DataCorrupt, Unavailable
 from covey.net.kv.copying import digest
 from covey.policy.slot import SlotHeader, SlotState, header_bytes, payload_offset, slot_bytes
 from covey.policy.store_index import Placed, StoreIndex
+from covey.types.ids import BlockHash, LeaseId
 from covey.types.kv import (
     CommitReply,
     CommitRequest,
@@ -23,7 +24,6 @@ from covey.types.kv import (
     KvSnapshotEntry,
     ReserveReply,
     ReserveRequest,
-    WriteChunk,
 )
 
 from .arena_file import ArenaFile
@@ -39,9 +39,16 @@ class Store:
         self.index = index
         self.arena = arena
         self.log = log
+        self.draining = False
+        """Takes no more blocks: this node is leaving."""
 
     def reserve(self, request: ReserveRequest, now: float) -> ReserveReply:
-        """Grant slots; those with pages behind them are marked, the others wait for `unbacked` and `mark`."""
+        """Grant slots; those with pages behind them are marked, the others wait for `unbacked` and `mark`.
+
+        Raises `Unavailable` while draining, and what the index raises.
+        """
+        if self.draining:
+            raise Unavailable("this kvstore is leaving and takes no more blocks")
         reply = self.index.reserve(request, now)
         self.mark(reply, now)
         return reply
@@ -59,15 +66,6 @@ class Store:
         for slot in self._granted(reply, now):
             if self.arena.is_backed(*_extent(slot)):
                 self._write_header(slot, _header(slot, SlotState.RESERVED, (0,) * slot.shape.layers).pack())
-
-    def write(self, chunk: WriteChunk, now: float) -> int:
-        """Fill a piece of a granted slot. Raises `InvalidArgument` when it does not fit into the block."""
-        slot = self.index.writable(chunk.lease, chunk.hash, now)
-        if chunk.offset + len(chunk.data) > slot.shape.size_bytes:
-            raise InvalidArgument(f"a block has {slot.shape.size_bytes} bytes", field="offset")
-        start = slot.location.offset + payload_offset(slot.shape) + chunk.offset
-        self.arena.view[start : start + len(chunk.data)] = chunk.data
-        return len(chunk.data)
 
     def payload(self, slot: Placed) -> memoryview:
         """Return a slot's payload, in place."""
@@ -87,12 +85,21 @@ class Store:
         sums = {block.hash: block.checksums for block in request.blocks}
         digests = {}
         for slot in self.index.can_commit(request, now):
-            header = _header(slot, SlotState.COMMITTED, sums[slot.location.hash]).pack()
-            self._write_header(slot, header)
-            digests[slot.location.hash] = digest(header)
+            digests[slot.location.hash] = self._seal(slot, sums[slot.location.hash])
         failpoint.hit("kvstore.commit")
         self.index.commit(request.lease, digests, now)
         return CommitReply(blocks=len(request.blocks))
+
+    def replace(self, lease: LeaseId, name: BlockHash, payload: bytes, sums: tuple[int, ...], now: float) -> bool:
+        """Fill a draft and put it in the place of what readers see; False when that went meanwhile.
+
+        Raises `LeaseExpired` and `Fenced`, and then touches nothing: a draft is filled and seen in one go.
+        """
+        slot = self.index.writable(lease, name, now)
+        self._write_header(slot, _header(slot, SlotState.RESERVED, (0,) * slot.shape.layers).pack())
+        self.payload(slot)[:] = payload
+        sealed = self._seal(slot, sums)
+        return self.index.replace(lease, {name: sealed}, now) == 1
 
     def snapshot(self) -> KvSnapshot:
         """Return all shared blocks as of the newest event."""
@@ -106,6 +113,11 @@ class Store:
     def _granted(self, reply: ReserveReply, now: float) -> list[Placed]:
         names = [grant.hash for grant in reply.grants if grant.status is GrantStatus.GRANTED]
         return [self.index.writable(reply.lease.lease, name, now) for name in names]
+
+    def _seal(self, slot: Placed, sums: tuple[int, ...]) -> int:
+        header = _header(slot, SlotState.COMMITTED, sums).pack()
+        self._write_header(slot, header)
+        return digest(header)
 
     def _write_header(self, slot: Placed, header: bytes) -> None:
         start = slot.location.offset
@@ -124,6 +136,7 @@ def _header(slot: Placed, state: SlotState, sums: tuple[int, ...]) -> SlotHeader
         hash=slot.location.hash,
         shape=slot.shape,
         checksums=sums,
+        codec=slot.codec,
     )
 
 

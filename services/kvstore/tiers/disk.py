@@ -19,7 +19,7 @@ from covey.clock import Clock
 from covey.config import ConfigError
 from covey.errors import DataCorrupt
 from covey.policy.disk_index import DiskIndex, Spot
-from covey.policy.disk_record import Record
+from covey.policy.disk_record import HEAD_BYTES_MAX, Record
 from covey.types import kv
 from covey.types.ids import BlockHash, NamespaceId
 
@@ -27,7 +27,7 @@ from .segment import Found, Segment, sync_directory
 from .tier import ALL_CODECS, TierCounts
 
 READERS_MAX = 4
-COPY_SHARE = 0.25
+COPY_SHARE = 0.3
 """At most this share of a segment is copied forward when the segment is given up."""
 FREE_BYTES_MIN = 64 * 1024
 """Writing goes on when the file system has this, and the last record that did not fit, once again."""
@@ -200,11 +200,12 @@ class DiskTier:
 
     async def _room(self, size_bytes: int) -> Segment | None:
         """Return the segment to append to; older ones are given up for it. None: larger than all that there may be."""
-        if size_bytes + 2 * 65_536 > self._limits.capacity_bytes:
+        if size_bytes + HEAD_BYTES_MAX + int(COPY_SHARE * self._limits.segment_bytes) > self._limits.capacity_bytes:
             return None
         if self._active is None or (self._active.end and self._active.end + size_bytes > self._limits.segment_bytes):
             await self._roll()
-        while self.index.total_bytes + size_bytes + 65_536 > self._limits.capacity_bytes:
+        spare_bytes = HEAD_BYTES_MAX + int(COPY_SHARE * self._limits.segment_bytes)
+        while self.index.total_bytes + size_bytes + spare_bytes > self._limits.capacity_bytes:
             assert self._active is not None
             number = self.index.victim(self._active.number, self._clock.now())
             if number is None:  # all there is lies in the active one
@@ -220,12 +221,11 @@ class DiskTier:
         self.index.open_segment(segment.number)
 
     async def _give_up(self, victim: Segment) -> None:
-        """Drop a segment; what is worth it is copied into the active one first, as far as that has room."""
-        budget = int(COPY_SHARE * self._limits.segment_bytes)
+        """Drop a segment; what is worth it is copied into the active one first."""
         active = self._active
         assert active is not None
         copied = 0
-        for spot in self.index.survivors(victim.number, min(budget, self._limits.segment_bytes - active.end)):
+        for spot in self.index.survivors(victim.number, int(COPY_SHARE * victim.end)):
             try:
                 copied += await self._copy(victim, spot, active)
             except OSError as error:  # no room for a copy: what is given up makes some
@@ -286,15 +286,17 @@ class DiskTier:
 
     # -- restart -------------------------------------------------------------------
 
-    def _take_in(self, scanned: list[tuple[Segment, list[Found]]]) -> None:
+    def _take_in(self, scanned: Sequence[tuple[Segment, list[Found]]]) -> None:
         """Enter what a scan found, parents first; what has lost its parent stays out."""
         now = self._clock.now()
         found: dict[tuple[NamespaceId, BlockHash], Found] = {}
         for segment, entries in scanned:
+            self.counts.quarantined += segment.damaged
+            if not segment.end:
+                continue  # nothing in it could be trusted; it is gone
             self._segments[segment.number] = segment
             self.index.open_segment(segment.number)
             self.index.grow(segment.number, segment.end)
-            self.counts.quarantined += segment.damaged
             self._last = max(self._last, segment.number)
             found.update(((each.head.header.namespace, each.head.header.hash), each) for each in entries)
         for namespace, name in tuple(found):
@@ -317,10 +319,8 @@ def _scan(directory: Path) -> list[tuple[Segment, list[Found]]]:
     scanned = []
     for number in Segment.numbers(directory):
         segment = Segment(directory, number, create=False)
-        found = list(segment.scan())
-        if segment.end:
-            scanned.append((segment, found))
-        else:
+        scanned.append((segment, list(segment.scan())))
+        if not segment.end:
             segment.give_up(remove=True)
     return scanned
 

@@ -58,5 +58,6 @@ async def open_engine(url: str, *, endpoint: str, credentials: str | None, timeo
         )
     except ModuleNotFoundError as error:
         raise ConfigError(f"the package {error.name!r} is not installed", field="remote.url") from error
-    async with module.opened(url, endpoint=endpoint, credentials=credentials, timeout_s=timeout_s) as engine:
+    options = {"endpoint": endpoint} if endpoint else {}
+    async with module.opened(url, credentials=credentials, timeout_s=timeout_s, **options) as engine:
         yield engine

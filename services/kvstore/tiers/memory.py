@@ -114,7 +114,7 @@ class Memory:
         reply, unbacked = await self.ask(lambda store, now: _reserve(store, request, now))
         try:
             if unbacked:
-                await to_thread.run_sync(lambda: [self._store.back(slot) for slot in unbacked])
+                await to_thread.run_sync(self._back, unbacked)
                 await self.ask(lambda store, now: store.mark(reply, now))
             return await self._fill(records, reply)
         finally:
@@ -146,6 +146,10 @@ class Memory:
             )
             await self.ask(lambda store, now: store.commit(commit, now))
         return good
+
+    def _back(self, slots: Sequence[Placed]) -> None:
+        for slot in slots:
+            self._store.back(slot)
 
     def _write(self, slot: Placed, record: Record) -> bool:
         sums = copy_in(self._store.payload(slot), memoryview(record.payload), record.header.shape)

@@ -56,7 +56,7 @@ class RedisEngine:
 
 
 @asynccontextmanager
-async def opened(url: str, *, endpoint: str, credentials: str | None, timeout_s: float) -> AsyncIterator[RedisEngine]:
+async def opened(url: str, *, credentials: str | None, timeout_s: float) -> AsyncIterator[RedisEngine]:
     """Own a pool of connections for a block."""
     scheme, rest = url.split("://", 1)
     cluster = scheme.endswith(CLUSTER_SUFFIX)

@@ -86,7 +86,7 @@ class S3Engine:
 
 
 @asynccontextmanager
-async def opened(url: str, *, endpoint: str, credentials: str | None, timeout_s: float) -> AsyncIterator[S3Engine]:
+async def opened(url: str, *, credentials: str | None, timeout_s: float, endpoint: str = "") -> AsyncIterator[S3Engine]:
     """Make a client for `s3://bucket/prefix`. Raises `ConfigError`."""
     parts = urlsplit(url)
     options: dict[str, str] = {}

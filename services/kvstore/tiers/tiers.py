@@ -11,7 +11,7 @@ from covey.errors import CoveyError, FailedPrecondition, InvalidArgument, Unavai
 from covey.policy.tiering import Chain, Tiering
 from covey.types import kv
 from covey.types.ids import BlockHash, NamespaceId
-from services.kvstore.tasks import Progress
+from services.kvstore.tasks import Handler, Progress
 
 from .below import Below, Cold
 from .demotion import Demotion
@@ -33,7 +33,14 @@ class Tiers:
         self._demotion = demotion
         self._policy = policy
 
+    def handlers(self) -> dict[kv.TaskKind, Handler]:
+        return {kv.TaskKind.PREFETCH: self.prefetch, kv.TaskKind.DEMOTE: self.demote}
+
     # -- reading -----------------------------------------------------------------
+
+    def is_needed(self, request: kv.LookupRequest, reply: kv.LookupReply) -> bool:
+        """Whether more of what was asked for could lie below."""
+        return len(reply.blocks) < len(request.hashes) and bool(self.below.tiers)
 
     async def look_below(
         self, request: kv.LookupRequest, reply: kv.LookupReply, again: LookUp, *, within_s: float
@@ -80,9 +87,9 @@ class Tiers:
             raise FailedPrecondition("this node keeps blocks in memory only: set disk.path or remote.url", field="ack")
 
     async def make_durable(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> None:
-        """Return when committed blocks would survive a loss of power. Raises `Unavailable`: they are stored, but not so.
+        """Return when committed blocks would survive a loss of power. Raises `Unavailable` when not.
 
-        A writer that gets that may commit again; what is there already is not written twice.
+        Then they are stored in memory all the same: the writer may commit again, and nothing is written twice.
         """
         for name in hashes:
             if not await self._demotion.copy_down(namespace, name, durable=True):
