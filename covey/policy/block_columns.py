@@ -123,7 +123,9 @@ class BlockColumns:
 
     def packed_names(self, rows: Rows) -> bytes:
         """The hashes of blocks in a row."""
-        return np.stack((self.low[rows], self.high[rows]), axis=1).astype("<u8", copy=False).tobytes()
+        words = np.empty((len(rows), 2), "<u8")
+        words[:, 0], words[:, 1] = self.low.take(rows), self.high.take(rows)
+        return words.tobytes()
 
     def names(self, rows: Rows) -> tuple[BlockHash, ...]:
         """The hashes of blocks."""

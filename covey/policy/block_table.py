@@ -41,12 +41,15 @@ class BlockTable:
         low, high = keys[:, 0], keys[:, 1]
         mixed = (low ^ np.uint64(_salt(space))) * np.uint64(_ODD)
         slots = (mixed >> np.uint64(self._shift)).astype(np.int64)
-        entries = self._entries[slots]
-        rows = entries - 1
-        hit = (columns.low[rows] == low) & (columns.high[rows] == high) & (columns.space[rows] == space)
-        hit &= entries != 0
+        rows = self._entries.take(slots) - 1  # of an empty entry NONE, which takes some row and is ruled out below
+        hit = columns.low.take(rows) == low
+        hit &= columns.high.take(rows) == high
+        hit &= columns.space.take(rows) == space
+        hit &= rows != NONE
+        if hit.all():
+            return rows
         found = np.where(hit, rows, np.int32(NONE))
-        left = np.flatnonzero(~hit & (entries != 0))
+        left = np.flatnonzero(~hit & (rows != NONE))
         while len(left) > SCALAR_MAX:
             slots[left] = (slots[left] + 1) & self._mask
             entries = self._entries[slots[left]]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 from covey.policy.block_columns import BlockColumns
 from covey.types.ids import BlockHash, NamespaceId
@@ -28,17 +26,15 @@ class Changes:
         self._columns = columns
         self._noted: list[tuple[KvEventKind, NamespaceId, list[BlockHash]]] = []
 
-    def note(self, kind: KvEventKind, rows: Sequence[int], namespace: NamespaceId) -> None:
+    def note(self, kind: KvEventKind, rows: Iterable[int], namespace: NamespaceId) -> None:
         """Note a change of blocks of one namespace, while their rows are still theirs."""
-        shared = np.asarray(rows, np.int32)
-        shared = shared[self._columns.private[shared] == 0]
-        if not len(shared):
+        names = [self._columns.name(row) for row in rows if not self._columns.at_private[row]]
+        if not names:
             return
-        names = self._columns.names(shared)
         if self._noted and self._noted[-1][:2] == (kind, namespace):
             self._noted[-1][2].extend(names)
         else:
-            self._noted.append((kind, namespace, list(names)))
+            self._noted.append((kind, namespace, names))
 
     def drain(self) -> tuple[IndexChange, ...]:
         """Return what was noted since the last call, in order."""

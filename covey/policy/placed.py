@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from covey.policy.arena import PAGE_BYTES
 from covey.policy.block_columns import BlockColumns, Rows
@@ -50,16 +51,17 @@ def placed(shelf: Shelf, row: int) -> Placed:
     )
 
 
-def located(columns: BlockColumns, rows: Rows) -> BlockLocations:
-    """Say where many blocks are, as columns."""
-    codecs = columns.codec[rows]
-    is_raw = not (codecs != RAW).any()
-    sizes = np.where(codecs == RAW, 0, columns.size_bytes[rows])
+def located(columns: BlockColumns, rows: Rows, keys: NDArray[np.uint64]) -> BlockLocations:
+    """Say where many blocks are, as columns; `keys` begin with theirs."""
+    codecs = columns.codec.take(rows)
+    encoded: dict[str, bytes] = {}
+    if codecs.any():
+        sizes = np.where(codecs == RAW, 0, columns.size_bytes[rows])
+        encoded = {"codecs": (codecs + 1).tobytes(), "sizes": sizes.astype("<u8").tobytes()}
     return BlockLocations(
-        hashes=columns.packed_names(rows),
-        offsets=(columns.page[rows].astype("<u8") * PAGE_BYTES).tobytes(),
-        generations=columns.generation[rows].astype("<u8", copy=False).tobytes(),
-        digests=columns.digest[rows].astype("<u8", copy=False).tobytes(),
-        codecs=b"" if is_raw else (codecs + 1).tobytes(),
-        sizes=b"" if is_raw else sizes.astype("<u8").tobytes(),
+        hashes=keys[: len(rows)].tobytes(),
+        offsets=(columns.page.take(rows).astype("<u8") * PAGE_BYTES).tobytes(),
+        generations=columns.generation.take(rows).astype("<u8", copy=False).tobytes(),
+        digests=columns.digest.take(rows).astype("<u8", copy=False).tobytes(),
+        **encoded,
     )

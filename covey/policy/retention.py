@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ CLASSES = 4
 """Blocks never read, read once, two or three times, more often: each kind has its own chance of reuse."""
 OBSERVED_MAX = 100_000.0
 """Past so many observations of a kind all are halved: what is learned follows the load."""
-FRESH_EVERY = 512
+FRESH_EVERY = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,7 @@ class ReuseValue:
         self._reached = np.zeros((CLASSES, BUCKETS))
         self._read = np.zeros((CLASSES, BUCKETS))
         self._news = 0
+        self._unseen: list[tuple[Floats, Ints]] = []
         self._chance = self._learned()
 
     def worth(self, blocks: Candidates) -> Floats:
@@ -107,20 +109,35 @@ class ReuseValue:
         return chance * self._cost.saved_s(blocks) / blocks.slot_bytes * tie
 
     def read(self, idle_s: Floats, reads: Ints) -> None:
-        where = _class_of(reads) * BUCKETS + _bucket_of(idle_s)
-        counts = np.bincount(where, minlength=CLASSES * BUCKETS).reshape(CLASSES, BUCKETS)
-        self._read += counts
-        self._reached += counts[:, ::-1].cumsum(axis=1)[:, ::-1]
-        self._observed(len(idle_s))
+        self._unseen.append((idle_s, reads))
+        self._news += len(idle_s)
+        if self._news >= FRESH_EVERY:
+            self.learn()
 
     def evicted(self, idle_s: float, reads: int) -> None:
-        kind = 0 if not reads else min(CLASSES - 1, 1 + (reads > 1) + (reads > 3))
-        self._reached[kind, : int(_bucket_of(np.array([idle_s]))[0])] += 1.0
-        self._observed(1)
+        bucket = min(max(math.frexp(idle_s / BUCKET_S)[1] - 1, 0), BUCKETS - 1) if idle_s > 0 else 0
+        self._reached[(reads > 0) + (reads > 1) + (reads > 3), :bucket] += 1.0
+        self._news += 1
+        if self._news >= FRESH_EVERY:
+            self.learn()
+
+    def learn(self) -> None:
+        """Let the worth of blocks follow what was observed; happens by itself, a few hundred observations late."""
+        if self._unseen:
+            idle_s, reads = (np.concatenate(column) for column in zip(*self._unseen, strict=True))
+            where = _class_of(reads) * BUCKETS + _bucket_of(idle_s)
+            counts = np.bincount(where, minlength=CLASSES * BUCKETS).reshape(CLASSES, BUCKETS)
+            self._read += counts
+            self._reached += counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+            self._unseen.clear()
+        self._news = 0
+        full = self._reached[:, :1] > OBSERVED_MAX
+        self._reached = np.where(full, self._reached / 2, self._reached)
+        self._read = np.where(full, self._read / 2, self._read)
+        self._chance = self._learned()
 
     def chance(self, idle_s: float, reads: int) -> float:
         """Return the chance that such a block is read within the horizon, as far as learned."""
-        self._chance = self._learned()
         return float(self._chance[_class_of(np.array([reads]))[0], _bucket_of(np.array([idle_s]))[0]])
 
     def check(self) -> None:
@@ -128,16 +145,6 @@ class ReuseValue:
         assert (self._read >= 0).all()
         assert (self._read <= self._reached + 1e-6).all(), "more blocks were read at an age than came to it"
         assert ((self._learned() >= 0) & (self._learned() <= 1)).all()
-
-    def _observed(self, count: int) -> None:
-        self._news += count
-        if self._news < FRESH_EVERY:
-            return
-        self._news = 0
-        full = self._reached[:, :1] > OBSERVED_MAX
-        self._reached = np.where(full, self._reached / 2, self._reached)
-        self._read = np.where(full, self._read / 2, self._read)
-        self._chance = self._learned()
 
     def _learned(self) -> Floats:
         """Chances by kind and age. Before anything is known a use makes another one likely, less so with age."""
@@ -154,7 +161,7 @@ class ReuseValue:
 
 
 def _class_of(reads: Ints) -> Ints:
-    return np.minimum((reads > 0).astype(np.int64) + (reads > 1) + (reads > 3), CLASSES - 1)
+    return (reads > 0).astype(np.int64) + (reads > 1) + (reads > 3)
 
 
 def _bucket_of(idle_s: Floats) -> Ints:

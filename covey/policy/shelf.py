@@ -26,6 +26,9 @@ from covey.types.kv import BlockCodec, BlockShape, KvEventKind
 CODECS = tuple(BlockCodec)
 """By the number that the columns hold."""
 RAW = CODECS.index(BlockCodec.RAW)
+READS_MAX = np.uint16(60_000)
+"""Further reads are not counted."""
+_COMMITTED = int(BlockState.COMMITTED)
 
 
 @dataclass(slots=True)
@@ -83,9 +86,10 @@ class Shelf:
     def prefix(self, space: Space, keys: NDArray[np.uint64], codecs: NDArray[np.bool_] | None = None) -> Rows:
         """Return the longest prefix of the keys that is visible, and whose codecs (by number) are taken."""
         rows = self.find(space, keys)
-        good = (rows != NONE) & (self.columns.state[rows] == BlockState.COMMITTED)
+        good = self.columns.state.take(rows) == _COMMITTED
+        good &= rows != NONE
         if codecs is not None:
-            good &= codecs[self.columns.codec[rows]]
+            good &= codecs.take(self.columns.codec.take(rows))
         return rows if good.all() else rows[: int(good.argmin())]
 
     # -- coming ------------------------------------------------------------------
@@ -124,14 +128,17 @@ class Shelf:
         """Keep blocks, each named once, for one more lease; `read`: somebody asked for them."""
         columns = self.columns
         if read:
-            self._retention.read(now - columns.last_used[rows], columns.reads[rows].astype(np.int64))
-            columns.reads[rows] += columns.reads[rows] < np.iinfo(np.uint16).max
+            reads = columns.reads.take(rows)
+            self._retention.read(now - columns.last_used.take(rows), reads)
+            columns.reads[rows] = reads + (reads < READS_MAX)
         columns.last_used[rows] = now
-        before = columns.held[rows]
+        before = columns.held.take(rows)
         columns.held[rows] = before + 1
-        self.counts.held += len(rows) - int(np.count_nonzero(before))
-        for row in rows[columns.place[rows] != 0].tolist():
-            self.evictable.discard(row)
+        fresh = len(rows) - int(np.count_nonzero(before))
+        self.counts.held += fresh
+        if fresh:
+            for row in rows[columns.place.take(rows) != 0].tolist():
+                self.evictable.discard(row)
         if pin:
             pins = columns.pins[rows]
             columns.pins[rows] = pins + 1
@@ -146,15 +153,17 @@ class Shelf:
             pins = columns.pins[rows] - 1
             columns.pins[rows] = pins
             self._count_pins(rows[pins == 0], -1)
-        after = columns.held[rows] - 1
+        after = columns.held.take(rows) - 1
         columns.held[rows] = after
         let_go = rows[after == 0]
         self.counts.held -= len(let_go)
-        plain = (columns.state[let_go] == BlockState.COMMITTED) & (columns.private[let_go] == 0)
-        for row in let_go[plain & (columns.first_child[let_go] == NONE)].tolist():
+        plain = columns.state.take(let_go) == _COMMITTED
+        plain &= columns.private.take(let_go) == 0
+        for row in let_go[plain & (columns.first_child.take(let_go) == NONE)].tolist():
             self.evictable.add(row)
-        for row in let_go[~plain][::-1].tolist():
-            self.settle(row)
+        if not plain.all():
+            for row in let_go[~plain][::-1].tolist():
+                self.settle(row)
 
     def discard(self, row: int, *, cool_until: float | None) -> None:
         """Drop a reservation or a draft; its slot rests until `cool_until`, in case its writer still writes."""

@@ -133,4 +133,4 @@ class StoreBooks:
         columns, rows = self.shelf.columns, holding.rows
         once = rows[(columns.pins[rows] == 1) & (columns.state[rows] == BlockState.COMMITTED)]
         if len(once):
-            self.shelf.changes.note(kind, once, self.shelf.space_of(int(once[0])).namespace)
+            self.shelf.changes.note(kind, once.tolist(), self.shelf.space_of(int(once[0])).namespace)

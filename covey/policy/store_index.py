@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from covey.errors import Miss
 from covey.policy.arena import Arena
@@ -37,6 +38,16 @@ from covey.types.kv import (
     ReserveRequest,
     StoreStats,
 )
+
+
+def _readable(codecs: Sequence[BlockCodec]) -> NDArray[np.bool_]:
+    """Which codecs a reader takes, by number."""
+    taken = np.zeros(len(CODECS), np.bool_)
+    taken[[RAW, *(CODECS.index(codec) for codec in codecs)]] = True
+    return taken
+
+
+_RAW_ONLY = _readable(())
 
 __all__ = ["Placed", "StoreIndex", "StoreLimits"]
 
@@ -83,15 +94,13 @@ class StoreIndex:
         self.expire(now)
         keys = keys_of(request.hashes)
         space = self._shelf.spaces.of(request.namespace, request.shape)
-        codecs = np.zeros(len(CODECS), np.bool_)
-        codecs[[RAW, *(CODECS.index(codec) for codec in request.codecs)]] = True
-        rows = self._shelf.prefix(space, keys, codecs)
+        rows = self._shelf.prefix(space, keys, _readable(request.codecs) if request.codecs else _RAW_ONLY)
         self._hits += len(rows)
         self._misses += len(keys) - len(rows)
         if not len(rows):
             return LookupReply()
         lease, _ = self._books.grant_over(Right.READ, rows, request.tenant, request.owner, request.ttl_s, now)
-        return LookupReply(blocks=located(self._shelf.columns, rows), lease=as_grant(lease, now))
+        return LookupReply(blocks=located(self._shelf.columns, rows, keys), lease=as_grant(lease, now))
 
     def locate(
         self, lease_id: LeaseId, hashes: Sequence[BlockHash], now: float, *, tenant: TenantId = STORE
