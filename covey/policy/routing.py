@@ -9,6 +9,8 @@ from enum import StrEnum
 
 from covey.types.ids import WorkerId
 
+from .kv_cost import KvCost, Took
+
 
 class Split(StrEnum):
     """Whether prefill and decode run on two workers."""
@@ -23,12 +25,15 @@ class RouteConfig:
     """Costs in tokens of prefill work.
 
     `running_tokens` is what each running request slows a newcomer by; `amid_factor` is how much dearer a prompt token
-    is on a decode worker, where it holds up streams, than on a prefill worker.
+    is on a decode worker, where it holds up streams, than on a prefill worker. Loading what is stored costs
+    `load_tokens` and `load_factor` for each token, at first; then what requests have shown it to cost.
     """
 
     split: Split = Split.AUTO
     split_min_tokens: int = 64
     handover_tokens: int = 32
+    load_tokens: float = 4.0
+    load_factor: float = 0.05
     amid_factor: float = 1.5
     running_tokens: float = 16.0
     waiting_tokens: float = 128.0
@@ -38,16 +43,21 @@ class RouteConfig:
 
     def __post_init__(self) -> None:
         costs = (self.handover_tokens, self.running_tokens, self.waiting_tokens, self.stale_penalty_tokens)
-        if min(*costs, self.split_min_tokens, self.sticky_tokens) < 0 or self.stale_s <= 0 or self.amid_factor < 1:
+        if (
+            min(*costs, self.load_tokens, self.load_factor, self.split_min_tokens, self.sticky_tokens) < 0
+            or self.stale_s <= 0
+            or self.amid_factor < 1
+        ):
             raise ValueError("routing costs must not be negative, amid_factor >= 1 and stale_s must be positive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A worker as routing sees it. `cached_tokens`: how much of the prompt it can have without computing."""
+    """A worker as routing sees it: how much of the prompt it has in its own cache, how much it could load."""
 
     worker: WorkerId
     cached_tokens: int = 0
+    stored_tokens: int = 0
     running: int = 0
     waiting: int = 0
     queued_tokens: int = 0
@@ -68,10 +78,20 @@ class Router:
 
     def __init__(self, config: RouteConfig) -> None:
         self._config = config
+        self.kv = KvCost(fixed_tokens=config.load_tokens, factor=config.load_factor)
+
+    def observe(self, took: Took) -> None:
+        """Learn what prefilling and loading cost from a part of a request that has ended."""
+        self.kv.observe(took)
 
     def cost(self, candidate: Candidate, prompt_tokens: int) -> float:
         """Expected work before this request's first token, were it prefilled at `candidate`."""
-        return max(0, prompt_tokens - candidate.cached_tokens) + self.load(candidate)
+        return self.work(candidate, prompt_tokens) + self.load(candidate)
+
+    def work(self, candidate: Candidate, prompt_tokens: int) -> float:
+        """What is left to compute of the prompt at `candidate`, and to load where that costs less."""
+        stored = min(candidate.stored_tokens, prompt_tokens) - candidate.cached_tokens
+        return max(0, prompt_tokens - candidate.cached_tokens) - self.kv.saved_tokens(stored)
 
     def load(self, candidate: Candidate) -> float:
         """Work that others brought, and the penalty of a worker that was not heard of lately."""
@@ -91,8 +111,9 @@ class Router:
     def choose(self, *, prefill: Sequence[Candidate], decode: Sequence[Candidate], prompt_tokens: int) -> Route | None:
         """Place a request; None when nothing can decode it. A split that finds no prefill worker becomes none.
 
-        With `auto` a request is split when much of its prompt must be computed and the way over the prefill worker,
-        hand-over included, costs less than computing it amid the decode worker's own batch.
+        With `auto` a request is split when much of its prompt must be computed, more than what loading it pays for,
+        and the way over the prefill worker, hand-over and loading included, costs less than computing it amid the
+        decode worker's own batch.
         """
         if not decode:
             return None
@@ -104,11 +125,12 @@ class Router:
         apart = Route(decode=second.worker, prefill=first.worker)
         if self._config.split is Split.ALWAYS:
             return apart
-        if prompt_tokens - alone.cached_tokens < self._config.split_min_tokens:
+        computed = self.work(alone, prompt_tokens)
+        if computed < max(self._config.split_min_tokens, self.kv.break_even_tokens):
             return Route(decode=alone.worker)
-        computed = max(0, prompt_tokens - alone.cached_tokens)
         cost_alone = computed * self._config.amid_factor + self.load(alone)
-        cost_apart = self.cost(first, prompt_tokens) + self._config.handover_tokens + self.load(second)
+        moved = self._config.handover_tokens + self.kv.load_tokens(prompt_tokens - second.cached_tokens)
+        cost_apart = self.cost(first, prompt_tokens) + moved + self.load(second)
         return apart if cost_apart <= cost_alone else Route(decode=alone.worker)
 
 

@@ -75,7 +75,9 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
     """Own a gateway for a block; its programs and errands end with it."""
     clock, channels = around.clock, around.channels
     metrics = Metrics(around.registry)
-    fleet = Fleet(around.directory, around.index, Router(config.routing.policy()), clock, around.mesh_secret)
+    router = Router(config.routing.policy())
+    metrics.break_even.set_function(lambda: router.kv.break_even_tokens)
+    fleet = Fleet(around.directory, around.index, router, clock, around.mesh_secret)
     catalog = Catalog(around.models, default=config.default_model, fleet=fleet)
     async with AsyncExitStack() as stack:
         errands = await stack.enter_async_context(Errands.open())
@@ -89,6 +91,7 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
                 errands,
                 exact_deadline_s=config.dispatch.exact_deadline_s,
                 semantic_deadline_s=config.dispatch.semantic_deadline_s,
+                flight_wait_s=config.dispatch.flight_wait_s,
             ),
             pins=PinPolicy(config.pinning.policy()),
             fleet=fleet,

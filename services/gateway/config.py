@@ -46,6 +46,10 @@ class RoutingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     split: Literal["never", "always", "auto"] = "auto"
     split_min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 64
     handover_tokens: Annotated[int, msgspec.Meta(ge=0)] = 32
+    load_tokens: NonNegative = 4.0
+    """What any load of stored keys and values costs, at first: it is learned from what requests took."""
+    load_factor: NonNegative = 0.05
+    """What loading a token's keys and values costs, at first."""
     amid_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
     sticky_tokens: NonNegative = 256.0
     stale_s: Positive = 5.0
@@ -55,6 +59,8 @@ class RoutingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             split=Split(self.split),
             split_min_tokens=self.split_min_tokens,
             handover_tokens=self.handover_tokens,
+            load_tokens=self.load_tokens,
+            load_factor=self.load_factor,
             amid_factor=self.amid_factor,
             sticky_tokens=self.sticky_tokens,
             stale_s=self.stale_s,
@@ -88,6 +94,9 @@ class DispatchSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     semcache that loads its encoder beside busy engines stalls for a third of a second now and then."""
     semantic_deadline_s: Positive = 0.05
     """Of the look-up of a similar request, which runs beside the workers: it may hold the first token up so long."""
+    flight_wait_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 30.0
+    """How long a request waits for an equal one that is being answered, rather than ask a worker too; 0 switches that
+    off."""
     stream_events_max: PositiveInt = 1024
     """Events kept for a client that reads slowly; then its stream is closed with an error."""
     heartbeat_s: Positive = 10.0

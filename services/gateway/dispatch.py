@@ -273,6 +273,7 @@ class Dispatcher:
         seq.blocks_moved += end.usage.blocks_moved
         if seq.usage is None:  # the first leg is the one that looked for the prompt's prefix
             seq.usage = end.usage
+        self._fleet.observe(end.usage, end.timings)
         self._fleet.remember(target, seq.job.tenant, seq.request.token_ids)
 
     def _survive(self, seq: Sequence, loss: _Loss) -> None:

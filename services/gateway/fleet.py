@@ -11,10 +11,11 @@ from typing import Protocol
 from covey.auth import chain_root
 from covey.clock import Clock
 from covey.policy.identity import Namespace, chain
+from covey.policy.kv_cost import Took
 from covey.policy.routing import Candidate, PrefixMemory, Router
 from covey.retry import Breaker
 from covey.types.event import WorkerRecord, WorkerState
-from covey.types.generate import EngineInfo, EngineLoad, KvScope, Role
+from covey.types.generate import EngineInfo, EngineLoad, KvScope, Role, Timings, Usage
 from covey.types.ids import BlockHash, NamespaceId, TenantId, WorkerId
 
 SUSPECT_S = 2.0
@@ -167,6 +168,18 @@ class Fleet:
         if target.worker in self._breakers:
             del self._breakers[target.worker]
 
+    def observe(self, usage: Usage, timings: Timings) -> None:
+        """Learn from a worker's part in a request what computing and loading cost."""
+        computed = usage.prompt_tokens - usage.cached_tokens - usage.loaded_tokens
+        self._router.observe(
+            Took(
+                computed_tokens=computed,
+                prefill_s=timings.prefill_s,
+                loaded_tokens=usage.loaded_tokens,
+                kv_wait_s=timings.kv_wait_s,
+            )
+        )
+
     def lost(self, target: Target) -> None:
         """`target` fell silent or broke off: avoid it for a while, and expect no blocks there."""
         now = self._clock.now()
@@ -194,10 +207,10 @@ class Fleet:
         self, view: WorkerView, info: EngineInfo, overlaps: Mapping[WorkerId, int], sticky: WorkerId
     ) -> Candidate:
         worker, load = view.record.worker, view.load or EngineLoad()
-        blocks = max(overlaps.get(worker, 0), overlaps.get(_STORES, 0))
         return Candidate(
             worker=worker,
-            cached_tokens=blocks * info.block_size,
+            cached_tokens=overlaps.get(worker, 0) * info.block_size,
+            stored_tokens=overlaps.get(_STORES, 0) * info.block_size,
             running=max(load.running, self._in_flight[worker]),
             waiting=load.waiting,
             queued_tokens=load.queued_tokens,

@@ -55,4 +55,7 @@ class Metrics:
         self.migrations = Counter(
             "covey_migrations_total", "Sequences taken over by another worker", ["reason"], registry=registry
         )
+        self.break_even = Gauge(
+            "covey_kv_break_even_tokens", "Tokens from which loading costs less than computing", registry=registry
+        )
         self.pins = Counter("covey_pins_total", "Pins asked of workers by outcome", ["outcome"], registry=registry)
