@@ -22,6 +22,7 @@ from covey.types.generate import FinishReason
 from covey.types.ids import TenantId
 from services.semcache.entry import LABEL_BITS, Document, Partition, Scope, Shelf
 from services.semcache.library import Filing, Library
+from services.semcache.memory import give_back_memory
 from services.semcache.segment_files import SegmentFiles
 from services.semcache.sqlite import SqliteDocuments
 from services.semcache.store import Store
@@ -36,7 +37,7 @@ ANSWER = "a cached answer of some length, as a model would give it. " * 8
 NOISE = 0.02
 """What a query differs from its entry by, a component: a cosine of about 0.93."""
 TICK_S = 0.002
-SAMPLES = 2000
+SAMPLES = 1000
 """Entries that are asked for."""
 
 
@@ -192,6 +193,7 @@ class _Bench:
             spent = [rebuild]
             del rebuild, graph
             await anyio.to_thread.run_sync(spent.clear)
+            await anyio.to_thread.run_sync(give_back_memory)
 
     async def renew_often(self) -> None:
         while True:

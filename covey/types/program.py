@@ -122,6 +122,8 @@ class ChatRequest:
     cache: CacheMode = CacheMode.USE
     deadline_s: float = bounded(low=0, high=86400, default=0.0)
     tooling: Tooling | None = None
+    cache_max_age_s: float = bounded(low=0, default=0.0)
+    """The oldest kept answer that will do; 0 is no limit of the request's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,7 @@ class CompleteRequest:
     params: CallParams
     cache: CacheMode = CacheMode.USE
     deadline_s: float = bounded(low=0, high=86400, default=0.0)
+    cache_max_age_s: float = bounded(low=0, default=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from covey.types.generate import Finished, FinishReason, RetainRequest, Role, Ti
 from covey.types.program import CacheMode, CacheOutcome, Delta
 from covey.types.semcache import CacheQuery
 
-from .answers import Answers, Cached, can_fill, can_read, pieces, query_for
+from .answers import Answers, Cached, Missed, can_fill, can_read, pieces, query_for
 from .dispatch import Dispatcher, Sequence
 from .fleet import Fleet, Target
 from .job import Job, Outcome, add_timings
@@ -60,12 +60,17 @@ class Answering:
         """Put all deltas of one choice into the completion's pipe; `began` is when the request arrived."""
         choice = _Choice(self, completion, model, planned, began)
         query = choice.query(self._fleet.revision(model.name))
-        outcome = await self._from_cache_or_workers(choice, query)
-        is_new = outcome.cache not in (CacheOutcome.EXACT, CacheOutcome.SEMANTIC)
-        is_whole = outcome.reason in (FinishReason.STOP, FinishReason.LENGTH)
-        if query is not None and is_new and is_whole and can_fill(completion.job.cache):
-            relay = choice.relay
-            self._answers.offer(query, relay.text, relay.ids, outcome.reason, outcome.usage.prompt_tokens)
+        try:
+            outcome = await self._from_cache_or_workers(choice, query)
+            is_new = outcome.cache not in (CacheOutcome.EXACT, CacheOutcome.SEMANTIC)
+            is_whole = outcome.reason in (FinishReason.STOP, FinishReason.LENGTH)
+            if query is not None and is_new and is_whole and can_fill(completion.job.cache):
+                relay, flight = choice.relay, choice.take_flight()
+                prompt_tokens = outcome.usage.prompt_tokens
+                self._answers.offer(query, relay.text, relay.ids, outcome.reason, prompt_tokens, flight=flight)
+        finally:
+            if query is not None:  # refused, failed, cut off, or answered by something similar after all
+                self._answers.abandon(query, choice.take_flight())
         return replace(outcome, reason=choice.finish(outcome.reason))
 
     async def _from_cache_or_workers(self, choice: _Choice, query: CacheQuery | None) -> Outcome:
@@ -75,17 +80,19 @@ class Answering:
         if query is None:
             return await self._generate(choice, CacheOutcome.OFF)
         began = self._clock.now()
-        found = await self._answers.exact(query)
+        deadline_at = choice.job.deadline_at
+        found = await self._answers.exact(query, deadline_at=deadline_at, can_lead=mode is CacheMode.USE)
         choice.lookup_s = self._clock.now() - began
         if isinstance(found, Cached):
             return await choice.replay(found)
-        if found is CacheOutcome.OFF or not query.text:
-            return await self._generate(choice, found)
+        choice.flight = found.flight
+        if found.outcome is CacheOutcome.OFF or not query.text:
+            return await self._generate(choice, found.outcome)
         return await self._race(choice, query)
 
     async def _race(self, choice: _Choice, query: CacheQuery) -> Outcome:
         """Generate while the nearest neighbours are looked up; a hit before the first token wins."""
-        found: Cached | CacheOutcome = CacheOutcome.OFF
+        found: Cached | Missed = Missed(outcome=CacheOutcome.OFF)
         outcome: Outcome | None = None
         generation = anyio.CancelScope()
         choice.decided = decided = anyio.Event()
@@ -98,7 +105,7 @@ class Answering:
             if isinstance(found, Cached) and not choice.emitted:
                 generation.cancel()
             elif not isinstance(found, Cached):
-                choice.set_cache(found)
+                choice.set_cache(found.outcome)
             decided.set()
 
         async with anyio.create_task_group() as tg:
@@ -176,6 +183,7 @@ class _Choice:
         self.relay = Relay(planned.index)
         self.cache = CacheOutcome.BYPASS
         self.lookup_s = 0.0
+        self.flight = ""
         self.emitted = False
         self.decided: anyio.Event | None = None
         self._parser = _parser(self.job, model)
@@ -192,6 +200,11 @@ class _Choice:
             revision=revision,
             seeded=self.job.params.seed is not None,
         )
+
+    def take_flight(self) -> str:
+        """The flight that this choice leads, once: it is ended by whoever takes it."""
+        flight, self.flight = self.flight, ""
+        return flight
 
     def set_cache(self, outcome: CacheOutcome) -> None:
         self.cache = outcome

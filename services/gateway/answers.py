@@ -16,7 +16,7 @@ from covey.net.rpc import Channels
 from covey.retry import Breaker
 from covey.types.generate import FinishReason, Role, Sampling
 from covey.types.program import CacheMode, CacheOutcome, Delta, Message
-from covey.types.semcache import VALUE_CHARS_MAX, CachedAnswer, CacheOffer, CacheQuery, CacheReply
+from covey.types.semcache import VALUE_CHARS_MAX, AbandonRequest, CachedAnswer, CacheOffer, CacheQuery, CacheReply
 
 from .errands import Errands
 from .fleet import Fleet
@@ -25,6 +25,8 @@ from .job import Job, Prompt
 log = logging.getLogger(__name__)
 
 SEMANTIC_CHARS_MAX = 65_536
+JOIN_S = 0.01
+"""A request leads the flight of its equals at once, or learns after so long that another one does."""
 PIECE_CHARS = 64
 """A cached answer is streamed in pieces of this many characters."""
 
@@ -35,6 +37,14 @@ class Cached:
 
     outcome: CacheOutcome
     answer: CachedAnswer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missed:
+    """No answer: `outcome` is OFF when semcache did not say in time. With a `flight` others wait for this request's."""
+
+    outcome: CacheOutcome
+    flight: str = ""
 
 
 def query_for(
@@ -73,6 +83,7 @@ def query_for(
         exact_key=exact,
         context_key=_key("context", shape, context) if text else b"",
         text=text,
+        max_age_s=job.max_age_s,
     )
 
 
@@ -96,6 +107,7 @@ class Answers:
         *,
         exact_deadline_s: float,
         semantic_deadline_s: float,
+        flight_wait_s: float,
     ) -> None:
         self._channels = channels
         self._fleet = fleet
@@ -104,25 +116,43 @@ class Answers:
         # A breaker each: an encoder that is late must not take the exact tier away.
         self._exact = _Tier(exact_deadline_s)
         self._semantic = _Tier(semantic_deadline_s)
+        self._flight_wait_s = flight_wait_s
 
-    async def exact(self, query: CacheQuery) -> Cached | CacheOutcome:
-        """The answer to exactly this request, or MISS, or OFF when semcache did not say in time."""
+    async def exact(self, query: CacheQuery, *, deadline_at: float, can_lead: bool) -> Cached | Missed:
+        """The answer to exactly this request; of equal ones that miss together one leads and the others wait for it.
+
+        Who `can_lead` must end its flight by `offer` or `abandon`. Nobody waits past half of what is left of its time.
+        """
         if not query.exact_key:
-            return CacheOutcome.MISS
-        return await self._lookup(replace(query, text="", context_key=b""), self._exact)
+            return Missed(outcome=CacheOutcome.MISS)
+        asked = replace(query, text="", context_key=b"")
+        wait_s = min(self._flight_wait_s, (deadline_at - self._clock.now()) / 2) if can_lead else 0.0
+        found = await self._lookup(replace(asked, wait_s=max(0.0, min(wait_s, JOIN_S))), self._exact)
+        if isinstance(found, Cached) or found.outcome is CacheOutcome.OFF or found.flight or wait_s <= JOIN_S:
+            return found
+        # Somebody else is at it. Only now wait long: a semcache that hangs must not hold every request up.
+        return await self._lookup(replace(asked, wait_s=wait_s), self._exact, wait_s=wait_s)
 
-    async def semantic(self, query: CacheQuery) -> Cached | CacheOutcome:
-        """The answer to a request that means the same, or MISS, or OFF."""
+    async def semantic(self, query: CacheQuery) -> Cached | Missed:
+        """The answer to a request that means the same."""
         if not query.text:
-            return CacheOutcome.MISS
+            return Missed(outcome=CacheOutcome.MISS)
         return await self._lookup(replace(query, exact_key=b""), self._semantic)
 
     def offer(
-        self, query: CacheQuery, text: str, ids: tuple[int, ...], reason: FinishReason, prompt_tokens: int
+        self,
+        query: CacheQuery,
+        text: str,
+        ids: tuple[int, ...],
+        reason: FinishReason,
+        prompt_tokens: int,
+        *,
+        flight: str = "",
     ) -> None:
-        """Let semcache keep a finished answer, in the background."""
+        """Let semcache keep a finished answer and hand it to those who wait for it, in the background."""
         address = self._fleet.service(Role.SEMCACHE)
         if address is None or not text or len(text) > VALUE_CHARS_MAX:
+            self.abandon(query, flight)
             return
         offer = CacheOffer(
             query=query,
@@ -131,30 +161,40 @@ class Answers:
             reason=reason,
             prompt_tokens=prompt_tokens,
             completion_tokens=len(ids),
+            flight=flight,
         )
         channel = self._channels.to(address)
         self._errands.run(lambda: channel.call(SemCache.OFFER, offer, timeout_s=5.0), "offer")
 
-    async def _lookup(self, query: CacheQuery, tier: _Tier) -> Cached | CacheOutcome:
+    def abandon(self, query: CacheQuery, flight: str) -> None:
+        """Let those who wait for this request's answer go on without it, in the background."""
+        address = self._fleet.service(Role.SEMCACHE) if flight else None
+        if address is not None:
+            request = AbandonRequest(tenant=query.tenant, flight=flight)
+            channel = self._channels.to(address)
+            self._errands.run(lambda: channel.call(SemCache.ABANDON, request, timeout_s=5.0), "abandon")
+
+    async def _lookup(self, query: CacheQuery, tier: _Tier, *, wait_s: float = 0.0) -> Cached | Missed:
         address = self._fleet.service(Role.SEMCACHE)
         attempt = tier.breaker.attempt(self._clock.now()) if address else None
         if address is None or attempt is None:
-            return CacheOutcome.OFF
+            return Missed(outcome=CacheOutcome.OFF)
+        timeout_s = tier.deadline_s + wait_s
         try:
-            reply: CacheReply = await self._channels.to(address).call(SemCache.LOOKUP, query, timeout_s=tier.deadline_s)
+            reply: CacheReply = await self._channels.to(address).call(SemCache.LOOKUP, query, timeout_s=timeout_s)
         except CoveyError as error:
             log.warning("look-up failed code=%s", error.code)
             if isinstance(error, InvalidArgument):
                 tier.breaker.cancel(attempt)  # one odd query says nothing about semcache
             else:
                 tier.breaker.fail(attempt, self._clock.now())
-            return CacheOutcome.OFF
+            return Missed(outcome=CacheOutcome.OFF)
         except BaseException:
             tier.breaker.cancel(attempt)
             raise
         tier.breaker.succeed(attempt)
         if reply.answer is None or reply.outcome not in (CacheOutcome.EXACT, CacheOutcome.SEMANTIC):
-            return CacheOutcome.MISS
+            return Missed(outcome=CacheOutcome.MISS, flight=reply.flight)
         return Cached(outcome=reply.outcome, answer=reply.answer)
 
 

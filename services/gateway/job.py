@@ -42,6 +42,8 @@ class Job:
     params: CallParams
     cache: CacheMode
     deadline_at: float
+    max_age_s: float = 0.0
+    """The oldest kept answer that will do; 0 is no limit of the request's own."""
     priority: int = 0
     program_id: ProgramId = ProgramId("")
     call_id: CallId = CallId("")

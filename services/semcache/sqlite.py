@@ -180,12 +180,12 @@ class SqliteDocuments:
         self._writer = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         self._writer.execute("PRAGMA journal_mode = WAL")
         self._writer.execute("PRAGMA synchronous = FULL")
-        self._writer.execute("PRAGMA cache_size = -4096")
+        self._writer.execute("PRAGMA cache_size = -1024")
         self._writer.execute(f"PRAGMA max_page_count = {self._pages_max}")
         self._writer.executescript(SCHEMA)
         self._reader = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         self._reader.execute("PRAGMA query_only = ON")
-        self._reader.execute("PRAGMA cache_size = -4096")
+        self._reader.execute("PRAGMA cache_size = -1024")
 
     async def _run(self, work: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator
 from random import Random
@@ -11,6 +10,7 @@ import anyio
 
 from covey.types.ids import TenantId
 
+from .calendar import Calendar
 from .entry import Document, Held, Partition, Scope, Shelf, hash_of, label_of
 from .graph import Graph, Segment, Slab
 from .quota import Ledger, Quota
@@ -24,9 +24,6 @@ SAME = 1.0 - 1e-5
 """From this similarity on two vectors are one: equal ones spoil an hnsw graph."""
 SLICE_ROWS = 8192
 """Rows compared before a look-up lets others pass: about 1 ms."""
-SLOT_BITS = 32
-LATEST = 2.0**40
-"""Later dates of expiry are all one."""
 
 
 class Store:
@@ -48,7 +45,7 @@ class Store:
         self._ledger = Ledger(self._table, whole, tenant, rng or Random(0))  # noqa: S311 - samples, not secrets
         self._slots: dict[int, int] = {}
         self._exact: dict[int, int] = {}
-        self._expiry: list[int] = []
+        self._calendar = Calendar()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -162,14 +159,12 @@ class Store:
     def sweep(self, now: float) -> tuple[int, ...]:
         """Remove up to `SWEEP_MAX` entries whose time is over; return their labels."""
         removed: list[int] = []
-        while self._expiry and (self._expiry[0] >> SLOT_BITS) <= now * 1000 and len(removed) < SWEEP_MAX:
-            slot = heapq.heappop(self._expiry) & (1 << SLOT_BITS) - 1
-            if self._table.expires_at[slot] <= now:  # else: a later entry in the same slot, or none
-                removed.append(int(self._table.label[slot]))
-                self.remove(removed[-1])
-        if len(self._expiry) > 2 * len(self._slots) + 64:  # entries removed otherwise leave their date behind
-            self._expiry = [self._date(slot) for slot in self._slots.values()]
-            heapq.heapify(self._expiry)
+        for slot in self._calendar.due(self._table.expires_at, now, SWEEP_MAX):
+            label = int(self._table.label[slot])
+            if self.remove(label):
+                removed.append(label)
+        if len(self._calendar) > 2 * len(self._slots) + 64:  # entries removed otherwise leave their date behind
+            self._calendar.rewrite(list(self._slots.values()), self._table.expires_at)
         return tuple(removed)
 
     def take_crowded(self) -> tuple[Shelf, VectorIndex] | None:
@@ -219,7 +214,7 @@ class Store:
             labels = set(place.index.labels()) if place.index is not None else set()
             assert len(here) == place.entries
             assert labels == {int(table.label[slot]) for slot in here if table.indexed[slot]}
-        assert {date & (1 << SLOT_BITS) - 1 for date in self._expiry} >= set(slots)
+        assert len(self._calendar) >= len(slots)
 
     def _index(self, place: Place, label: int, vector: Vectors) -> list[int]:
         """Put a vector into its shelf in place of equal ones; an entry that only it could find goes with it."""
@@ -250,7 +245,7 @@ class Store:
         if document.exact_key:
             self._exact[document.exact_hash] = slot
         self._ledger.join(slot, place.shelf.partition)
-        heapq.heappush(self._expiry, self._date(slot))
+        self._calendar.write(slot, document.expires_at)
         return slot
 
     def _unindex(self, slot: int) -> None:
@@ -270,7 +265,3 @@ class Store:
             expires_at=float(table.expires_at[slot]),
             size_bytes=int(table.size_bytes[slot]),
         )
-
-    def _date(self, slot: int) -> int:
-        """When a slot's entry expires, in whole milliseconds, and the slot, as one number that sorts by time."""
-        return math.ceil(min(float(self._table.expires_at[slot]), LATEST) * 1000) << SLOT_BITS | slot

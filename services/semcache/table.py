@@ -34,7 +34,7 @@ class Table:
         if self._free:
             return self._free.pop()
         if self._used == len(self.label):
-            self._grow(self._used + self._used // 4 + FIRST)
+            self._grow(self._used + self._used // 8 + FIRST)
         self._used += 1
         return self._used - 1
 

@@ -12,6 +12,7 @@ from .encoder import Embedder
 from .entry import Shelf
 from .graph import Graph, Segment
 from .library import Library
+from .memory import give_back_memory
 from .metrics import CacheMetrics
 from .vectors import VectorIndex
 
@@ -95,3 +96,4 @@ class Upkeep:
             for segment in spent:
                 files.drop(segment)
         spent.clear()
+        give_back_memory()

@@ -91,7 +91,7 @@ class VectorIndex:
             raise ValueError(f"label {label} is taken")
         row = len(self._at)
         if row == len(self._rows):
-            self._grow(row + row // 2 + 1)
+            self._grow(row + row // 8 + 1)
         self._rows[row] = vector
         self._labels[row] = label
         self._at[label] = row

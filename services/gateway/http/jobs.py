@@ -12,19 +12,13 @@ from covey.auth import Principal
 from covey.errors import InvalidArgument
 from covey.types.grammar import Grammar, GrammarKind, check_grammar
 from covey.types.ids import RequestId
-from covey.types.program import CacheMode, CallParams, FunctionCall, FunctionTool, Message, ToolChoice, Tooling
+from covey.types.program import CallParams, FunctionCall, FunctionTool, Message, ToolChoice, Tooling
 from services.gateway.job import Job, Prompt
 from services.gateway.tools.forced import check_tooling
 
+from .cache_controls import cache_controls
 from .exchange import Exchange
 from .schema import ChatBody, ChatMessage, ChosenTool, CompletionBody, ResponseFormat
-
-_CACHE = {
-    "use": CacheMode.USE,
-    "bypass": CacheMode.BYPASS,
-    "no-store": CacheMode.NO_STORE,
-    "refresh": CacheMode.REFRESH,
-}
 
 
 def chat_job(body: ChatBody, x: Exchange, who: Principal, deadline_at: float) -> Job:
@@ -99,6 +93,7 @@ def _job(
     params: CallParams,
     deadline_at: float,
 ) -> Job:
+    mode, max_age_s = cache_controls(body.cache, body.cache_max_age_s, x.headers.get("cache-control", ""))
     return Job(
         # A client may send the same request id twice; workers must not see it twice.
         request_id=RequestId(f"{x.request_id}-{secrets.token_hex(4)}"),
@@ -106,7 +101,8 @@ def _job(
         model=body.model,
         prompts=prompts,
         params=params,
-        cache=_CACHE[body.cache],
+        cache=mode,
+        max_age_s=max_age_s,
         deadline_at=deadline_at,
         priority=body.priority,
         hints={"user": body.user} if body.user else {},

@@ -121,7 +121,10 @@ class _Generation(_Strict, frozen=True, kw_only=True):
     return_token_ids: bool = False
     """Each choice also carries the ids of its tokens (vLLM's name for it)."""
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
-    cache: Literal["use", "bypass", "no-store", "refresh"] = "use"
+    cache: Literal["use", "bypass", "no-store", "no-cache", "refresh"] = "use"
+    """As HTTP's `Cache-Control` says it; `bypass` neither reads nor fills, `refresh` is `no-cache`."""
+    cache_max_age_s: Annotated[float, Meta(ge=0)] = 0.0
+    """The oldest kept answer that will do; 0 is no limit of the request's own."""
 
 
 class ChatBody(_Generation, frozen=True, kw_only=True):

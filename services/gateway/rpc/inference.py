@@ -100,5 +100,6 @@ class InferenceServicer:
             prompts=(prompt,),
             params=request.params,
             cache=request.cache,
+            max_age_s=request.cache_max_age_s,
             deadline_at=self._clock.now() + wanted_s,
         )
