@@ -11,7 +11,7 @@ from covey.errors import CoveyError, FailedPrecondition, Fenced, InvalidArgument
 from covey.policy.block_columns import LOST, NONE, BlockState, keys_of
 from covey.policy.placed import Placed, placed
 from covey.policy.rights import STORE, Holding, Right, as_grant
-from covey.policy.shelf import Shelf
+from covey.policy.shelf import RAW, Shelf
 from covey.policy.slot import slot_bytes
 from covey.policy.spaces import Space
 from covey.policy.store_books import StoreBooks
@@ -84,7 +84,7 @@ class Writing:
         kept = frozenset() if names <= holding.reserved.keys() else frozenset(columns.names(holding.every()))
         ready: dict[int, None] = {}
         for i, item in enumerate(request.blocks):
-            row = holding.reserved.get(item.hash, NONE)
+            row = holding.reserved.get(item.hash, holding.drafts.get(item.hash, NONE))
             if row == NONE:
                 if item.hash not in kept:
                     raise InvalidArgument("this block was not granted to the lease", field=f"blocks[{i}].hash")
@@ -92,6 +92,9 @@ class Writing:
             layers = self._shelf.space_of(row).shape.layers
             if len(item.checksums) != layers:
                 raise InvalidArgument(f"a block has {layers} checksums", field=f"blocks[{i}].checksums")
+            if columns.at_state[row] == BlockState.DRAFT:
+                ready[row] = None
+                continue
             parent = columns.at_parent[row]
             visible = parent == NONE or parent in ready or columns.at_state[parent] == BlockState.COMMITTED
             if parent == LOST or not visible:
@@ -102,10 +105,13 @@ class Writing:
     def commit(self, lease_id: LeaseId, digests: Mapping[BlockHash, int], now: float) -> None:
         """See `StoreIndex.commit`."""
         holding = self._books.rights.get(lease_id, STORE, now)
-        done = [holding.reserved.pop(name) for name in digests]
-        if not done:
+        for name in digests.keys() & holding.drafts.keys():
+            self._exchange(holding, holding.drafts.pop(name), digests[name], now)
+        fresh = {holding.reserved.pop(name): digest for name, digest in digests.items() if name in holding.reserved}
+        if not fresh:
             return
-        for row, digest in zip(done, digests.values(), strict=True):
+        done = list(fresh)
+        for row, digest in fresh.items():
             self._shelf.seal(row, digest)
             holding.more[row] = None
         self._shelf.hold(np.array(done, np.int32), now)
@@ -136,26 +142,38 @@ class Writing:
         drafts = self._books.rights.get(lease_id, STORE, now).drafts
         if not digests.keys() <= drafts.keys():
             raise Fenced("this lease has no such slot to fill", field="hash")
-        replaced = 0
-        for name, digest in digests.items():
-            draft = drafts.pop(name)
-            old = self._shelf.swap(draft, digest)
-            if old == NONE:
-                self._shelf.discard(draft, cool_until=None)
-                continue
-            if self._shelf.columns.at_pins[old]:
-                self._shelf.carry_pins(old, draft, self._books.rights.carry_pins(old, draft))
-            self._shelf.settle(old)
-            self._shelf.settle(draft)
-            replaced += 1
-        return replaced
+        return sum(self._swap(drafts.pop(name), digest) != NONE for name, digest in digests.items())
+
+    def _swap(self, draft: int, digest: int) -> int:
+        """Put a draft in its place, with the pins of what was there; return that row, or `NONE` when it went."""
+        old = self._shelf.swap(draft, digest)
+        if old == NONE:
+            self._shelf.discard(draft, cool_until=None)
+            return NONE
+        if self._shelf.columns.at_pins[old]:
+            self._shelf.carry_pins(old, draft, self._books.rights.carry_pins(old, draft))
+        self._shelf.settle(old)
+        self._shelf.settle(draft)
+        return old
+
+    def _exchange(self, holding: Holding, draft: int, digest: int, now: float) -> None:
+        """Put a writer's exact version in the place of a lossy one that its lease keeps, and keep that instead."""
+        old = self._swap(draft, digest)
+        if old == NONE:
+            return
+        self._shelf.hold(np.array([draft], np.int32), now)
+        holding.rows = np.where(holding.rows == old, np.int32(draft), holding.rows)
+        self._shelf.unhold(np.array([old], np.int32))
 
     def _take(self, writing: _Reservation, i: int, pending: set[BlockHash]) -> Grant:
         key, holding, row = writing.request.blocks[i], writing.holding, writing.rows[i]
         columns = self._shelf.columns
-        if key.hash in holding.reserved or key.hash in pending:
+        if key.hash in holding.reserved or key.hash in holding.drafts or key.hash in pending:
             raise InvalidArgument("this block is named twice", field=f"blocks[{i}].hash")
         if row != NONE and columns.at_state[row] == BlockState.COMMITTED:
+            exact = self._exact(writing, key.hash, row)
+            if exact != NONE:
+                return _granted(self._shelf, key.hash, GrantStatus.GRANTED, exact)
             return _granted(self._shelf, key.hash, GrantStatus.EXISTS, row)
         parent = self._parent(writing, i)
         foreign = parent != NONE and columns.at_state[parent] == BlockState.RESERVED
@@ -171,6 +189,18 @@ class Writing:
         row = self._add(writing, i, parent)
         holding.reserved[key.hash] = row
         return _granted(self._shelf, key.hash, GrantStatus.GRANTED, row)
+
+    def _exact(self, writing: _Reservation, name: BlockHash, row: int) -> int:
+        """Take a slot for exact numbers in the place of a lossy block; `NONE` when it is not, or there is no room."""
+        if self._shelf.columns.at_codec[row] == RAW:
+            return NONE
+        try:
+            draft = self._shelf.draft(row, writing.request.shape.size_bytes, BlockCodec.RAW, writing.now)
+        except QuotaExceeded:
+            return NONE
+        if draft != NONE:
+            writing.holding.drafts[name] = draft
+        return draft
 
     def _parent(self, writing: _Reservation, i: int) -> int:
         key = writing.request.blocks[i]
