@@ -95,17 +95,18 @@ class Shelf:
     # -- coming ------------------------------------------------------------------
 
     def add(
-        self, space: Space, words: tuple[int, int], parent: int, *, tenant: TenantId, private: bool, wanted: int,
-        now: float,
+        self, space: Space, words: tuple[int, int], parent: int, *, shape: BlockShape, codec: BlockCodec,
+        tenant: TenantId, private: bool, wanted: int, now: float,
     ) -> int:  # fmt: skip
         """Reserve a slot, evicting what nobody needs; `NONE` when there is no room.
 
         `wanted` further ones are about to be asked for. Raises `QuotaExceeded` when the tenant's own blocks cannot go.
         """
-        row = self._slot(space, space.shape, tenant, wanted, now)
+        row = self._slot(space, shape, tenant, wanted, now)
         if row == NONE:
             return NONE
         columns = self.columns
+        columns.at_codec[row] = CODECS.index(codec)
         columns.at_low[row], columns.at_high[row] = words
         columns.at_state[row] = BlockState.RESERVED
         columns.at_private[row] = private
@@ -254,12 +255,13 @@ class Shelf:
         return self.evictable.all.worst(count, self._worth(now), sample=max(4 * count, 1024))
 
     def shared(self, first: int, last: int) -> Iterator[tuple[NamespaceId, Rows]]:
-        """Yield the visible shared blocks among rows `first` to `last`, by namespace."""
+        """Yield the visible shared blocks among rows `first` to `last`, by namespace, parents first."""
         columns = self.columns
         part = slice(first, min(last, columns.touched))
         shown = np.flatnonzero((columns.state[part] == BlockState.COMMITTED) & (columns.private[part] == 0)) + first
         for number in np.unique(columns.space[shown]).tolist():
             rows = shown[columns.space[shown] == number].astype(np.int32)
+            rows = rows[np.argsort(columns.depth[rows], kind="stable")]
             yield self.space_of(int(rows[0])).namespace, rows
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from covey.policy.store_books import StoreBooks
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
 from covey.types.kv import (
     BlockCodec,
+    BlockShape,
     CommitRequest,
     Grant,
     GrantStatus,
@@ -31,6 +32,8 @@ from covey.types.kv import (
 @dataclass(slots=True, eq=False)
 class _Reservation:
     request: ReserveRequest
+    shape: BlockShape
+    """Of what will be written."""
     space: Space
     holding: Holding
     rows: list[int]
@@ -48,8 +51,8 @@ class Writing:
 
     def reserve(self, request: ReserveRequest, now: float) -> ReserveReply:
         """See `StoreIndex.reserve`."""
-        shelf, count = self._shelf, len(request.blocks)
-        if slot_bytes(request.shape) * count > shelf.arena.capacity_bytes:
+        shelf, count, shape = self._shelf, len(request.blocks), _written(request)
+        if slot_bytes(shape) * count > shelf.arena.capacity_bytes:
             raise NoSpace("these blocks are larger than the whole store")
         space = shelf.spaces.of(request.namespace, request.shape)
         keys = keys_of([block.hash for block in request.blocks], "blocks")
@@ -59,7 +62,7 @@ class Writing:
             stored = rows[(rows != NONE) & (shelf.columns.state[rows] == BlockState.COMMITTED)]
             holding.rows = np.unique(stored)
             shelf.hold(holding.rows, now)
-            writing = _Reservation(request, space, holding, rows.tolist(), keys.tolist(), now)
+            writing = _Reservation(request, shape, space, holding, rows.tolist(), keys.tolist(), now)
             pending: set[BlockHash] = set()
             grants = tuple([self._take(writing, i, pending) for i in range(count)])
         except CoveyError:
@@ -192,7 +195,7 @@ class Writing:
 
     def _exact(self, writing: _Reservation, name: BlockHash, row: int) -> int:
         """Take a slot for exact numbers in the place of a lossy block; `NONE` when it is not, or there is no room."""
-        if self._shelf.columns.at_codec[row] == RAW:
+        if self._shelf.columns.at_codec[row] == RAW or writing.request.codec is not BlockCodec.RAW:
             return NONE
         try:
             draft = self._shelf.draft(row, writing.request.shape.size_bytes, BlockCodec.RAW, writing.now)
@@ -215,8 +218,8 @@ class Writing:
         while True:
             try:
                 row = self._shelf.add(
-                    writing.space, writing.keys[i], parent, tenant=request.tenant, private=request.private,
-                    wanted=len(request.blocks) - i, now=now,
+                    writing.space, writing.keys[i], parent, shape=writing.shape, codec=request.codec,
+                    tenant=request.tenant, private=request.private, wanted=len(request.blocks) - i, now=now,
                 )  # fmt: skip
             except QuotaExceeded as error:
                 pin = rights.soft_pin(request.tenant)
@@ -239,6 +242,13 @@ class Writing:
 
     def _no_space(self, now: float) -> NoSpace:
         return NoSpace("every block is leased or pinned", retry_after_ms=self._books.retry_after_ms(now))
+
+
+def _written(request: ReserveRequest) -> BlockShape:
+    """The shape of the payloads that will be written. Raises `InvalidArgument`."""
+    if (request.codec is BlockCodec.RAW) != (request.encoded_bytes == 0):
+        raise InvalidArgument("a codec and the size that it makes come together", field="encoded_bytes")
+    return replace(request.shape, size_bytes=request.encoded_bytes) if request.encoded_bytes else request.shape
 
 
 def _granted(shelf: Shelf, name: BlockHash, status: GrantStatus, row: int) -> Grant:

@@ -241,7 +241,11 @@ class BlockKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReserveRequest:
-    """Phase one of a write. `private` blocks belong to one request and vanish with their last lease."""
+    """Phase one of a write. `private` blocks belong to one request and vanish with their last lease.
+
+    With a `codec`, the payloads that will be written are encoded already and have `encoded_bytes` each; `shape` is
+    that of the blocks before.
+    """
 
     tenant: TenantId = bounded(size=128)
     namespace: NamespaceId = bounded(size=32)
@@ -250,6 +254,8 @@ class ReserveRequest:
     owner: str = bounded(size=128)
     ttl_s: float = bounded(low=0.01, high=LEASE_TTL_MAX_S)
     private: bool = False
+    codec: BlockCodec = BlockCodec.RAW
+    encoded_bytes: int = bounded(low=0, high=1 << 30, default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -511,7 +517,7 @@ class KvSnapshotEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvSnapshot:
-    """All that a worker holds as of (`epoch`, `seq`)."""
+    """A part of what a worker holds; all parts, and the events after (`epoch`, `seq`), say what there is."""
 
     epoch: int
     seq: int

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TypeVar
 
 import anyio
 from anyio import to_thread
 
 from covey.actor import Ref
+from covey.compression.codec import raw
 from covey.errors import CoveyError, DataCorrupt
 from covey.net.kv.copying import copy_in
 from covey.policy.disk_record import Record, has_sums
@@ -79,6 +81,10 @@ class Memory:
         """Let go of blocks that nobody needs here; returns how many went."""
         return await self.ask(lambda store, now: store.index.drop(namespace, hashes, now))
 
+    async def note_below(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> None:
+        """Say that blocks also lie below: their eviction costs less than that of others."""
+        await self.ask(lambda store, _: store.index.note_below(namespace, hashes, below=True))
+
     def has_room(self, size_bytes: int) -> bool:
         """Whether so many bytes more would come without an eviction."""
         stats = self._store.index.stats()
@@ -106,10 +112,24 @@ class Memory:
 
         Raises `CoveyError` when there is no room, or the block that the first one grows from is not there.
         """
+        came = 0
+        for _, alike in groupby(records, key=lambda record: (record.header.codec, record.header.shape)):
+            run = tuple(alike)
+            taken = await self._take_in(run)
+            came += taken
+            if taken < len(run):
+                break
+        return came
+
+    async def _take_in(self, records: Sequence[Record]) -> int:
+        """The same for blocks that are encoded alike."""
         first = records[0]
+        size_bytes = first.header.shape.size_bytes
         request = kv.ReserveRequest(
-            tenant=first.tenant, namespace=first.namespace, shape=first.header.shape, owner=OWNER, ttl_s=COPY_TTL_S,
+            tenant=first.tenant, namespace=first.namespace, owner=OWNER, ttl_s=COPY_TTL_S,
+            shape=replace(first.header.shape, size_bytes=first.raw_bytes or size_bytes),
             blocks=tuple(kv.BlockKey(hash=record.hash, parent=record.parent) for record in records),
+            codec=first.header.codec, encoded_bytes=0 if first.header.codec is kv.BlockCodec.RAW else size_bytes,
         )  # fmt: skip
         reply, unbacked = await self.ask(lambda store, now: _reserve(store, request, now))
         try:
@@ -145,6 +165,7 @@ class Memory:
                 tenant=records[0].tenant, lease=reply.lease.lease, epoch=reply.lease.epoch, blocks=tuple(commits)
             )
             await self.ask(lambda store, now: store.commit(commit, now))
+            await self.note_below(records[0].namespace, [block.hash for block in commits])
         return good
 
     def _back(self, slots: Sequence[Placed]) -> None:
@@ -165,15 +186,24 @@ class Memory:
             payload = self._store.payload(each)
             if not has_sums(payload, header):
                 return Held(records=tuple(records), bad=each)
-            records.append(Record(header=header, parent=each.parent, tenant=each.tenant, payload=payload))
+            records.append(
+                Record(
+                    header=header, parent=each.parent, tenant=each.tenant, payload=payload,
+                    raw_bytes=_raw(each).size_bytes,
+                )
+            )  # fmt: skip
         return Held(records=tuple(records))
+
+
+def _raw(slot: Placed) -> kv.BlockShape:
+    return slot.shape if slot.codec is kv.BlockCodec.RAW else raw(slot.shape)
 
 
 def _hold(store: Store, chain: Sequence[Placed], now: float) -> tuple[kv.LeaseGrant | None, tuple[Placed, ...]]:
     first = chain[0]
     request = kv.LookupRequest(
         tenant=first.tenant, namespace=first.namespace, hashes=tuple(each.location.hash for each in chain),
-        owner=OWNER, ttl_s=COPY_TTL_S, shape=first.shape, codecs=ALL_CODECS,
+        owner=OWNER, ttl_s=COPY_TTL_S, shape=_raw(first), codecs=ALL_CODECS,
     )  # fmt: skip
     reply = store.index.lookup(request, now)
     if reply.lease is None:
