@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from covey.net.rpc import Channels
 from covey.policy.rebalance import holders
 from covey.testing import assert_eventually
 from covey.types.common import Empty
-from covey.types.ids import BlockHash, NamespaceId, TenantId
+from covey.types.ids import BlockHash, NamespaceId, TenantId, WorkerId
 from covey.types.kv import BlockKey, BlockShape, StartTask, StoreStats, TaskKind, TaskRequest, TaskState, TaskStatus
 from covey.types.store import BlockStore, Held, StoreKey
 from tests.contract.kv_stores import BOOT_ID, StoreProcess
@@ -128,13 +128,34 @@ class KvMesh:
         return list(holders(self.ring.current, chain.key.namespace, chain.root))
 
     async def until_members(self, *names: str, timeout_s: float = 20.0) -> None:
-        """Wait until the ring has exactly these members."""
+        """Wait until the ring has exactly these members, and they know."""
 
-        def agreed() -> bool:
+        async def agreed() -> bool:
             ring = self.ring.current
-            return ring is not None and {member.worker for member in ring.members} == set(names)
+            if ring is None or {member.worker for member in ring.members} != set(names):
+                return False
+            return all([(await self.stats(name)).ring_version == ring.version for name in names])
 
         await assert_eventually(agreed, timeout_s=timeout_s)
+
+    async def until_copied(self, chains: Sequence[Chain], timeout_s: float = 20.0) -> None:
+        """Wait until every chain is whole on each node that owns it, and on no other one that runs."""
+        client = self.client()
+
+        async def count(chain: Chain, name: str) -> int:
+            held = await client.lookup_on(WorkerId(name), chain.key, chain.names, owner="count", ttl_s=1)
+            await held.release()
+            return len(held.hashes)
+
+        async def placed() -> bool:
+            for chain in chains:
+                owners = self.holders(chain)
+                for name, node in self.nodes.items():
+                    if node.running and await count(chain, name) != (len(chain.blocks) if name in owners else 0):
+                        return False
+            return True
+
+        await assert_eventually(placed, timeout_s=timeout_s, every_s=0.1)
 
     async def stats(self, name: str) -> StoreStats:
         return await self._channels.to(self.nodes[name].address).call(KvStore.STATS, Empty(), timeout_s=CALL_S)
