@@ -86,7 +86,13 @@ async def read(client: KvClient, key: StoreKey, names: list[BlockHash]) -> list[
 
 async def recoded(channel: Channel, key: StoreKey, codec: BlockCodec, *names: BlockHash) -> TaskStatus:
     """Run a task to its end."""
-    task = StartTask(kind=TaskKind.RECODE, tenant=key.tenant, namespace=key.namespace, hashes=names, codec=codec)
+    return await finished(
+        channel,
+        StartTask(kind=TaskKind.RECODE, tenant=key.tenant, namespace=key.namespace, hashes=names, codec=codec),
+    )
+
+
+async def finished(channel: Channel, task: StartTask) -> TaskStatus:
     status = await channel.call(KvStore.START, task, timeout_s=5)
     with anyio.fail_after(20):
         while status.state is TaskState.RUNNING:
@@ -230,6 +236,19 @@ async def test_a_budget_of_quality_keeps_blocks_exact(tmp_path: Path) -> None:
             assert np.allclose(
                 np.frombuffer((await read(lossy, key, names))[0], "<f4"), np.frombuffer(data[0], "<f4"), rtol=2e-3
             )
+
+
+async def test_blocks_are_encoded_on_their_way_to_disk_and_come_up_in_that_codec(tmp_path: Path) -> None:
+    with store_process(tmp_path, f"disk.path={tmp_path / 'disk'}", "codecs.disk=INT8") as process:
+        async with clients(process, BlockCodec.INT8) as (exact, lossy, channel):
+            key = place()
+            names, data = await stored(exact, key, 3)
+            for kind in (TaskKind.DEMOTE, TaskKind.PREFETCH):
+                task = StartTask(kind=kind, tenant=key.tenant, namespace=key.namespace, hashes=tuple(names))
+                status = await finished(channel, task)
+                assert status.state is TaskState.DONE, status.why
+            assert await read(exact, key, names) == []
+            assert await read(lossy, key, names) == [through(BlockCodec.INT8, each) for each in data]
 
 
 def test_errors_of_codecs_are_typed() -> None:
