@@ -41,6 +41,7 @@ class Demotion:
             async with self._memory.held(batch) as held:
                 kept = await self._below.put(held.records, durable=durable) if held.records else 0
                 self.demoted += kept
+                await self._memory.note_below(batch[0].namespace, [record.hash for record in held.records[:kept]])
         except CoveyError:
             return False  # memory is too busy to hold them now
         if held.bad is not None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Mover:
-    """Runs beside the store for its life. `wake` makes it look at once."""
+    """Runs beside the store for its life."""
 
     def __init__(self, index: StoreIndex, memory: Memory, below: Below, demotion: Demotion, policy: Tiering) -> None:
         self._index = index
@@ -36,7 +36,10 @@ class Mover:
         self._woken = anyio.Event()
 
     def wake(self) -> None:
-        self._woken.set()
+        """Say that memory has become fuller."""
+        stats = self._index.stats()
+        if self._policy.clean_bytes(stats.used_bytes, stats.capacity_bytes):
+            self._woken.set()
 
     async def run(self) -> None:
         while True:

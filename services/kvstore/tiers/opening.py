@@ -53,9 +53,12 @@ async def open_tiers(
         demotion = Demotion(memory, below)
         async with anyio.create_task_group() as tg:
             promotion = Promotion(tg, below.get, memory.take_in)
+            mover = Mover(store.index, memory, below, demotion, policy)
             if tiers:
-                tg.start_soon(Mover(store.index, memory, below, demotion, policy).run, name="mover of tiers")
-            yield Tiers(memory=memory, below=below, promotion=promotion, demotion=demotion, policy=policy)
+                tg.start_soon(mover.run, name="mover of tiers")
+            yield Tiers(
+                memory=memory, below=below, promotion=promotion, demotion=demotion, mover=mover, policy=policy
+            )  # fmt: skip
             tg.cancel_scope.cancel()
 
 

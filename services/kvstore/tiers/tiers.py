@@ -16,6 +16,7 @@ from services.kvstore.tasks import Handler, Progress
 from .below import Below, Cold
 from .demotion import Demotion
 from .memory import Memory
+from .mover import Mover
 from .promotion import Promotion
 
 LookUp = Callable[[], Awaitable[kv.LookupReply]]
@@ -25,12 +26,13 @@ class Tiers:
     """What lies below memory, and what moves between."""
 
     def __init__(
-        self, *, memory: Memory, below: Below, promotion: Promotion, demotion: Demotion, policy: Tiering
+        self, *, memory: Memory, below: Below, promotion: Promotion, demotion: Demotion, mover: Mover, policy: Tiering
     ) -> None:  # fmt: skip
         self.below = below
         self.promotion = promotion
         self._memory = memory
         self._demotion = demotion
+        self._mover = mover
         self._policy = policy
 
     def handlers(self) -> dict[kv.TaskKind, Handler]:
@@ -80,6 +82,11 @@ class Tiers:
             self.promotion.start(request.namespace, missing[: cold.blocks])
 
     # -- writing -----------------------------------------------------------------
+
+    def note_written(self) -> None:
+        """Say that blocks came: memory may be fuller than it should be."""
+        if self.below.tiers:
+            self._mover.wake()
 
     def check_durable(self) -> None:
         """Raises `FailedPrecondition` when no tier could make a commit durable."""
