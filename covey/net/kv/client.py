@@ -43,6 +43,7 @@ class KvClient:
             agreed=agreed,
             settings=RingSettings(
                 timeout_s=self._config.call_timeout_s,
+                stall_s=self._config.stall_timeout_s,
                 nodes_tried=self._config.nodes_tried,
                 roots_max=self._config.roots_max,
                 settling_s=self._config.settling_s,

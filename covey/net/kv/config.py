@@ -19,7 +19,7 @@ class KvClientConfig:
     transfer_timeout_s: float = 60.0
     """How long a stream over gRPC may take for each 64 MiB."""
     stall_timeout_s: float = 2.0
-    """How long it may go without a chunk."""
+    """How long a stream or a bulk channel may stand still in the middle of an exchange."""
     nodes_tried: int = 2
     """How many nodes, in a chain's order of preference, an operation asks when they do not answer."""
     roots_max: int = 65_536

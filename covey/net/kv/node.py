@@ -30,9 +30,6 @@ OPEN_S = 0.5
 
 WILDCARD_HOSTS = frozenset({"", "0.0.0.0", "::", "[::]"})  # noqa: S104 - what is replaced, not bound
 
-STALL_S = 10.0
-"""How long a bulk channel may stand still in the middle of an exchange."""
-
 BULK_KEPT_MAX = 4
 """Idle bulk connections that are kept for one node."""
 
@@ -81,14 +78,16 @@ class Node:
     """Calls to one node and the mapping of its arena."""
 
     def __init__(
-        self, where: StoreNode, channels: ChannelSource, clock: Clock, *, boot_id: str, timeout_s: float
-    ) -> None:
-        """An empty `boot_id` never maps arenas."""
+        self, where: StoreNode, channels: ChannelSource, clock: Clock, *, boot_id: str, timeout_s: float,
+        stall_s: float,
+    ) -> None:  # fmt: skip
+        """An empty `boot_id` never maps arenas; `stall_s` is how long a bulk channel may stand still in an exchange."""
         self.where = where
         self._channels = channels
         self._clock = clock
         self._boot_id = boot_id
         self._timeout_s = timeout_s
+        self._stall_s = stall_s
         self._breaker = Breaker(failures=1, open_s=OPEN_S)
         self._mapping: ArenaMapping | None = None
         self._bulk: BulkPool | None = None
@@ -152,7 +151,7 @@ class Node:
                 self._bulk = BulkPool(
                     self._reachable(info.bulk_address),
                     self.channel.token,
-                    stall_s=STALL_S,
+                    stall_s=self._stall_s,
                     kept_max=BULK_KEPT_MAX,
                     clock=self._clock,
                 )

@@ -19,6 +19,7 @@ class RingSettings:
     """How a client goes through the nodes."""
 
     timeout_s: float = 1.0
+    stall_s: float = 2.0
     nodes_tried: int = 2
     roots_max: int = 65_536
     settling_s: float = 30.0
@@ -135,6 +136,11 @@ class Ring:
         node = self._nodes.get(where.worker)
         if node is None or node.where.address != where.address:
             node = self._nodes[where.worker] = Node(
-                where, self._channels, self._clock, boot_id=self._boot_id, timeout_s=self._settings.timeout_s
+                where,
+                self._channels,
+                self._clock,
+                boot_id=self._boot_id,
+                timeout_s=self._settings.timeout_s,
+                stall_s=self._settings.stall_s,
             )
         return node
