@@ -58,8 +58,12 @@ class Calendar:
             heapq.heappop(self._next)
         return due
 
-    def rewrite(self, slots: list[int], dates: npt.NDArray[np.float64]) -> None:
+    def rewrite(self, slots: npt.NDArray[np.uint32], dates: npt.NDArray[np.float64]) -> None:
         """Start anew with these slots."""
-        self._pages, self._next, self._written = {}, [], 0
-        for slot in slots:
-            self.write(slot, float(dates[slot]))
+        numbers = np.floor(np.minimum(dates[slots], LATEST) / PAGE_S).astype(np.int64)
+        order = np.argsort(numbers, kind="stable")
+        pages, starts = np.unique(numbers[order], return_index=True)
+        parts = np.split(slots[order], starts[1:])
+        self._pages = {int(page): array("I", part.tobytes()) for page, part in zip(pages, parts, strict=False)}
+        self._next = sorted(self._pages)
+        self._written = len(slots)

@@ -15,8 +15,8 @@ from covey.types.semcache import CachedAnswer, CacheOffer
 
 OVERHEAD_BYTES = 1024
 """What an entry costs beside its texts and tokens: its places in the tables and on disk."""
-LABEL_BITS = 62
-"""hnswlib's labels are 64-bit and numpy's are signed."""
+LABEL_BITS = 60
+"""As many as Python keeps in two digits: there is one of these numbers an entry."""
 
 
 class Scope(NamedTuple):

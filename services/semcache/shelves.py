@@ -8,6 +8,8 @@ from .entry import Shelf
 from .graph import Graph, Segment
 from .vectors import Rebuild, VectorIndex, Vectors
 
+SLAB_ROWS = 16_384
+
 
 @dataclass(slots=True)
 class Place:
@@ -69,6 +71,13 @@ class Shelves:
         index.add(label, vector)
         place.index = index
         self._note(place)
+
+    def load(self, place: Place, label: int, vector: Vectors) -> None:
+        """File a vector when a process starts: thousands arrive at once, and a long tail is slow to grow."""
+        self.add(place, label, vector)
+        if place.index is not None and len(place.index.rows) >= SLAB_ROWS:
+            place.index.seal()
+            self._note(place)
 
     def remove(self, place: Place, label: int) -> None:
         """Take a vector out."""

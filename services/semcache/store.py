@@ -15,6 +15,7 @@ from .entry import Document, Held, Partition, Scope, Shelf, hash_of, label_of
 from .graph import Graph, Segment, Slab
 from .quota import Ledger, Quota
 from .shelves import Place, Shelves
+from .slots import Slots
 from .table import Table
 from .vectors import Neighbour, Rebuild, VectorIndex, Vectors, merged
 
@@ -43,8 +44,8 @@ class Store:
         self._shelves = Shelves(tail_max=tail_max)
         whole = Quota(entries=entries_max, size_bytes=size_bytes_max)
         self._ledger = Ledger(self._table, whole, tenant, rng or Random(0))  # noqa: S311 - samples, not secrets
-        self._slots: dict[int, int] = {}
-        self._exact: dict[int, int] = {}
+        self._slots = Slots()
+        self._exact = Slots()
         self._calendar = Calendar()
 
     def __len__(self) -> int:
@@ -126,13 +127,14 @@ class Store:
 
     def remove(self, label: int) -> bool:
         """Remove an entry from every table; False when it is not here."""
-        slot = self._slots.pop(label, None)
+        slot = self._slots.get(label)
         if slot is None:
             return False
+        self._slots.remove(label, slot)
         table, place = self._table, self._place(slot)
         exact = int(table.exact[slot])
-        if exact and self._exact.get(exact) == slot:
-            del self._exact[exact]
+        if exact:
+            self._exact.remove(exact, slot)
         self._unindex(slot)
         self._ledger.leave(slot, place.shelf.partition)
         self._shelves.leave(place)
@@ -164,7 +166,7 @@ class Store:
             if self.remove(label):
                 removed.append(label)
         if len(self._calendar) > 2 * len(self._slots) + 64:  # entries removed otherwise leave their date behind
-            self._calendar.rewrite(list(self._slots.values()), self._table.expires_at)
+            self._calendar.rewrite(self._slots.all(), self._table.expires_at)
         return tuple(removed)
 
     def take_crowded(self) -> tuple[Shelf, VectorIndex] | None:
@@ -191,10 +193,10 @@ class Store:
             self._table.indexed[slot] = True
 
     def index_vector(self, label: int, vector: Vectors) -> None:
-        """File the vector of an entry that was added without; one that is there stays as it is."""
+        """File the vector of an entry that was added without, at the start; one that is there stays as it is."""
         slot = self._slots.get(label)
         if slot is not None and not self._table.indexed[slot]:
-            self._shelves.add(self._place(slot), label, vector)
+            self._shelves.load(self._place(slot), label, vector)
             self._table.indexed[slot] = True
 
     def indexes(self) -> tuple[tuple[Shelf, VectorIndex], ...]:
@@ -203,7 +205,7 @@ class Store:
 
     def check(self) -> None:
         """Assert that all tables tell the same story."""
-        table, slots = self._table, list(self._slots.values())
+        table, slots = self._table, [slot for _, slot in self._slots.items()]
         assert len(slots) == len(set(slots))
         assert all(int(table.label[slot]) == label for label, slot in self._slots.items())
         assert all(int(table.exact[slot]) == key and slot in slots for key, slot in self._exact.items())
@@ -223,7 +225,8 @@ class Store:
         self._shelves.add(place, label, vector)
         for neighbour in equal:
             if neighbour.similarity >= SAME:
-                twin = self._slots[neighbour.label]
+                twin = self._slots.get(neighbour.label)
+                assert twin is not None
                 self._unindex(twin)
                 if not self._table.exact[twin]:
                     self.remove(neighbour.label)
@@ -241,9 +244,9 @@ class Store:
         table.size_bytes[slot] = document.size_bytes
         table.shelf[slot] = place.number
         table.indexed[slot] = indexed
-        self._slots[document.label] = slot
+        self._slots.put(document.label, slot)
         if document.exact_key:
-            self._exact[document.exact_hash] = slot
+            self._exact.put(document.exact_hash, slot)
         self._ledger.join(slot, place.shelf.partition)
         self._calendar.write(slot, document.expires_at)
         return slot

@@ -19,6 +19,9 @@ DEAD_SHARE_MAX = 0.3
 NORM_TOLERANCE = 1e-3
 MERGE_RATIO = 3
 """Segments shrink by at least this factor from one to the next, so there are few and each entry is built rarely."""
+GRAPH_MAX = 65_536
+"""Entries of one graph: bounds how long a build takes, what memory it needs, and the 0.2 µs an entry for which hnswlib
+holds the interpreter when a graph begins and ends. A larger shelf has several."""
 ROWS_FIRST = 2
 RESEALED = 4
 """Once a shelf has a graph, its tail is sealed at this fraction of the limit: both are searched each time."""
@@ -139,6 +142,14 @@ class VectorIndex:
             if dead is not None:
                 yield segment.search(vector, k, dead)
 
+    def seal(self) -> None:
+        """Turn the tail into a slab as it is, and start another one."""
+        count = len(self._at)
+        self.adopt_segment(Slab(self._labels[:count], self._rows[:count]))
+        self._at = {}
+        self._rows, self._labels = self._rows[:0], self._labels[:0]
+        self._grow(ROWS_FIRST)
+
     @property
     def crowded(self) -> bool:
         """Whether a new generation is due: the tail is full, a slab waits, or too much of a segment is dead."""
@@ -147,11 +158,7 @@ class VectorIndex:
     def rebuild(self) -> Rebuild:
         """Seal the tail if it is full and return the work of a new generation; `crowded` must hold."""
         if self._is_tail_full():
-            count = len(self._at)
-            self.adopt_segment(Slab(self._labels[:count], self._rows[:count]))
-            self._at = {}
-            self._rows, self._labels = self._rows[:0], self._labels[:0]
-            self._grow(ROWS_FIRST)
+            self.seal()
         due = tuple(self._due())
         return Rebuild(sources=due, dead=tuple(frozenset(self._dead[segment]) for segment in due))
 
@@ -177,14 +184,23 @@ class VectorIndex:
         return len(self._at) > (self._tail_max // RESEALED if self._segments else self._tail_max)
 
     def _due(self) -> Sequence[Segment]:
-        """Segments to build into one: slabs, those too dead, and every smaller one that should not stand beside it."""
+        """Segments to build into one: a slab, one too dead, or a small one beside others, with what fits beside it."""
         sizes = [len(segment) - len(self._dead[segment]) for segment in self._segments]
         for at, segment in enumerate(self._segments):
             rest = sum(sizes[at + 1 :])
             is_dead = len(self._dead[segment]) > DEAD_SHARE_MAX * len(segment)
-            if is_dead or isinstance(segment, Slab) or (rest and len(segment) < MERGE_RATIO * rest):
-                return self._segments[at:]
+            is_small = 0 < len(segment) < MERGE_RATIO * rest and len(segment) <= GRAPH_MAX // 2
+            if is_dead or is_small or isinstance(segment, Slab):
+                return self._group(at, sizes)
         return ()
+
+    def _group(self, at: int, sizes: list[int]) -> list[Segment]:
+        group, total = [self._segments[at]], sizes[at]
+        for segment, size in zip(self._segments[at + 1 :], sizes[at + 1 :], strict=True):
+            if total + size <= GRAPH_MAX:
+                group.append(segment)
+                total += size
+        return group
 
     def _segment_of(self, label: int) -> Segment | None:
         return next((s for s in self._segments if label in s and label not in self._dead[s]), None)

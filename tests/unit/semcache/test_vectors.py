@@ -117,3 +117,16 @@ def test_a_generation_is_searched_while_the_next_is_built() -> None:
     thread.join()
     index.adopt(second, built[0])
     assert index.sealed == 1504
+
+
+def test_segments_merge_until_a_graph_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.semcache.vectors.GRAPH_MAX", 64)
+    index = VectorIndex(DIM, tail_max=4)
+    for label in range(400):
+        index.add(label, unit(label))
+        while renewed(index):
+            pass
+    sizes = sorted(map(len, index.segments), reverse=True)
+    assert max(sizes) <= 64
+    assert len(sizes) < 2 * 400 / 64 + 4
+    assert all(index.search(unit(label), 1)[0].label == label for label in range(0, 400, 7))
