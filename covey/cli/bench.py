@@ -79,6 +79,21 @@ def engine(
 
 
 @bench.command()
+@click.option("--peers", is_flag=True, help="Measure those that `make peers` has set up, too.")
+@click.option("--quick", is_flag=True, help="End within five minutes.")
+@click.option("--json", "target", help="Write the result here; - for standard output.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), default=Path(".bench"), show_default=True)
+def kv(peers: bool, quick: bool, target: str | None, plots: Path) -> None:
+    """The KV store: puts, gets and look-ups by every transport, beside other stores and bare memory."""
+    from benchmarks import kv as benchmark
+
+    console = Console(stderr=target == "-")
+    with tempfile.TemporaryDirectory(prefix="covey-bench-") as run_dir:
+        report = benchmark.run(Path(run_dir), console, quick=quick, with_peers=peers, plots=plots)
+    _publish(report, console, target, plots / "kv.png")
+
+
+@bench.command()
 @click.option("--quick", is_flag=True, help="Two thousand tokens instead of eight thousand.")
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Public data; $COVEY_DATA.")
 @click.option("--json", "target", help="Write the result here; - for standard output.")
