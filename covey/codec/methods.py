@@ -127,9 +127,7 @@ class KvStore:
         "KvStore", "Commit", kv.CommitRequest, kv.CommitReply
     )
     ABORT: Final[Unary[kv.LeaseRequest, Empty]] = Unary("KvStore", "Abort", kv.LeaseRequest, Empty)
-    GET: Final[ServerStream[kv.GetRequest, kv.BlockChunk]] = ChunkStream(
-        "KvStore", "Get", kv.GetRequest, kv.BlockChunk
-    )
+    GET: Final[ServerStream[kv.GetRequest, kv.BlockChunk]] = ChunkStream("KvStore", "Get", kv.GetRequest, kv.BlockChunk)
     RENEW: Final[Unary[kv.RenewRequest, kv.LeaseGrant]] = Unary("KvStore", "Renew", kv.RenewRequest, kv.LeaseGrant)
     RELEASE: Final[Unary[kv.LeaseRequest, Empty]] = Unary("KvStore", "Release", kv.LeaseRequest, Empty)
     PIN: Final[Unary[kv.PinRequest, kv.PinReply]] = Unary("KvStore", "Pin", kv.PinRequest, kv.PinReply)
@@ -137,7 +135,7 @@ class KvStore:
     WATCH: Final[ServerStream[kv.WatchKvRequest, kv.KvEvent]] = ServerStream(
         "KvStore", "Watch", kv.WatchKvRequest, kv.KvEvent
     )
-    SNAPSHOT: Final[Unary[Empty, kv.KvSnapshot]] = Unary("KvStore", "Snapshot", Empty, kv.KvSnapshot)
+    SNAPSHOT: Final[ServerStream[Empty, kv.KvSnapshot]] = ServerStream("KvStore", "Snapshot", Empty, kv.KvSnapshot)
     STATS: Final[Unary[Empty, kv.StoreStats]] = Unary("KvStore", "Stats", Empty, kv.StoreStats)
     START: Final[Unary[kv.StartTask, kv.TaskStatus]] = Unary("KvStore", "Start", kv.StartTask, kv.TaskStatus)
     GET_TASK: Final[Unary[kv.TaskRequest, kv.TaskStatus]] = Unary("KvStore", "GetTask", kv.TaskRequest, kv.TaskStatus)

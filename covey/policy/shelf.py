@@ -125,14 +125,15 @@ class Shelf:
         self.columns.at_digest[row] = digest
         self.counts.reserved -= 1
 
-    def hold(self, rows: Rows, now: float, *, pin: bool = False, read: bool = False) -> None:
-        """Keep blocks, each named once, for one more lease; `read`: somebody asked for them."""
+    def hold(self, rows: Rows, now: float | None, *, pin: bool = False, read: bool = False) -> None:
+        """Keep blocks, each named once, for one more lease; `read`: somebody asked for them; `now` None: nobody did."""
         columns = self.columns
-        if read:
+        if read and now is not None:
             reads = columns.reads.take(rows)
             self._retention.read(now - columns.last_used.take(rows), reads)
             columns.reads[rows] = reads + (reads < READS_MAX)
-        columns.last_used[rows] = now
+        if now is not None:
+            columns.last_used[rows] = now
         before = columns.held.take(rows)
         columns.held[rows] = before + 1
         fresh = len(rows) - int(np.count_nonzero(before))
@@ -342,7 +343,8 @@ class Shelf:
     def _evict(self, row: int, now: float) -> None:
         columns = self.columns
         self.counts.evictions += 1
-        self.changes.note(KvEventKind.EVICTED, [row], self.space_of(row).namespace)
+        kind = KvEventKind.MOVED if columns.at_below[row] else KvEventKind.EVICTED
+        self.changes.note(kind, [row], self.space_of(row).namespace)
         self._retention.evicted(now - columns.at_last_used[row], columns.at_reads[row])
         parent = self._hide(row)
         offset = columns.offset(row)

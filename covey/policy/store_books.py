@@ -9,7 +9,7 @@ import numpy as np
 from covey.errors import NoSpace, QuotaExceeded
 from covey.lease import Lease
 from covey.policy.block_columns import NONE, BlockState, Rows
-from covey.policy.rights import Holding, Right, Rights
+from covey.policy.rights import STORE, Holding, Right, Rights
 from covey.policy.shelf import Shelf
 from covey.policy.shelf_check import check_shelf
 from covey.policy.store_limits import StoreLimits
@@ -44,6 +44,13 @@ class StoreBooks:
         holding.rows = rows if (depth[1:] > depth[:-1]).all() else np.unique(rows)
         self.shelf.hold(holding.rows, now, pin=right is Right.PIN, read=right is Right.READ)
         return lease, holding
+
+    def keep(self, rows: Rows, owner: str, ttl_s: float, now: float) -> Lease:
+        """Grant the store itself a lease over blocks, each named once, that is no use of them. Raises `Overloaded`."""
+        lease, holding = self.grant(Right.READ, STORE, owner, ttl_s, len(rows), now)
+        holding.rows = rows
+        self.shelf.hold(rows, None)
+        return lease
 
     def end(self, lease_id: LeaseId, now: float) -> None:
         """End a live lease; uncommitted slots are free at once."""

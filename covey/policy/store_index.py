@@ -102,6 +102,21 @@ class StoreIndex:
         lease, _ = self._books.grant_over(Right.READ, rows, request.tenant, request.owner, request.ttl_s, now)
         return LookupReply(blocks=located(self._shelf.columns, rows, keys), lease=as_grant(lease, now))
 
+    def keep(
+        self, namespace: NamespaceId, hashes: Sequence[BlockHash], *, owner: str, ttl_s: float, now: float
+    ) -> tuple[LeaseGrant, tuple[Placed, ...]] | None:
+        """Lease those of the named shared blocks that are visible to the store itself; None when none is.
+
+        Unlike a look-up this is no use of them: it changes neither what goes first nor what is learned of reuse.
+        Raises `Overloaded`.
+        """
+        self.expire(now)
+        rows = self._books.shared(namespace, hashes)
+        if not rows:
+            return None
+        lease = self._books.keep(np.unique(np.array(rows, np.int32)), owner, ttl_s, now)
+        return as_grant(lease, now), tuple(placed(self._shelf, row) for row in rows)
+
     def locate(
         self, lease_id: LeaseId, hashes: Sequence[BlockHash], now: float, *, tenant: TenantId = STORE
     ) -> tuple[Placed, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from covey.codec.methods import Decode, KvStore
 from covey.engine.block_events import BlockEvents
 from covey.engine.engine import Engine
@@ -37,5 +39,5 @@ class Servicer(EngineServicer):
     async def adopt(self, request: AdoptRequest, call: Call) -> AdoptReply:
         return await self._engine.adopt(request, timeout_s=call.remaining_s())
 
-    async def snapshot(self, _: Empty, __: Call) -> KvSnapshot:
-        return await self._events.snapshot(self._engine)
+    async def snapshot(self, _: Empty, __: Call) -> AsyncIterator[KvSnapshot]:
+        yield await self._events.snapshot(self._engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import anyio.to_thread
 
@@ -96,7 +97,11 @@ class _Snapshots:
         if view is None:
             raise Unavailable(f"{worker} is not in the registry")
         channel = self._rt.channels.to(view.record.address)
-        return await channel.call(KvStore.SNAPSHOT, Empty(), timeout_s=SNAPSHOT_TIMEOUT_S)
+        async with channel.stream(KvStore.SNAPSHOT, Empty(), timeout_s=SNAPSHOT_TIMEOUT_S) as pages:
+            parts = [page async for page in pages]
+        if not parts:
+            raise Unavailable(f"{worker} did not say what it holds")
+        return replace(parts[0], entries=tuple(entry for part in parts for entry in part.entries))
 
 
 def _key_files(config: Config, rt: Runtime) -> dict[TenantId, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
-from covey.config import CommonConfig, NonNegative, Positive, PositiveInt
+from covey.config import CommonConfig, NonNegative, Positive, PositiveInt, TenantConfig
 from covey.net.kv.copier import CopyLimits
+from covey.policy.retention import LeastRecentlyUsed, RecomputeCost, Retention, ReuseValue
 from covey.policy.ring import RingLimits
 from covey.policy.store_index import StoreLimits
+from covey.types.ids import TenantId
 
 from .bulk import BulkLimits
 from .codecs import CodecSettings
@@ -44,6 +46,19 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     """How much of the arena pins may hold."""
     cooling_s: NonNegative = _DEFAULTS.cooling_s
     """How long a slot rests after its writer was presumed dead."""
+    eviction: Literal["reuse", "lru"] = "reuse"
+    """What goes first where room is needed: what is least worth keeping (chance of reuse × cost of computing it again ÷
+    bytes), or what was not used for the longest time."""
+    reuse_horizon_s: Positive = 600.0
+    """Within what time a reuse counts."""
+    recompute_s: Positive = 0.02
+    """How long an engine takes to compute a block again, its attention to earlier blocks aside."""
+    tenants: dict[str, TenantConfig] = msgspec.field(default_factory=dict)
+    """`kv_quota_bytes` of each: what its blocks may take of this node."""
+    quota_bytes: Annotated[int, msgspec.Meta(ge=0)] = _DEFAULTS.quota_bytes
+    """What a tenant without a quota of its own may take of this node; 0 for no limit."""
+    scrub_bytes_per_s: Annotated[int, msgspec.Meta(ge=0)] = 8 << 20
+    """Pace at which stored blocks are read and verified when nobody asks; 0 for not at all."""
     codecs: CodecSettings = CodecSettings()
     """How blocks are encoded."""
     disk: DiskConfig = DiskConfig()
@@ -90,4 +105,16 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
             pin_ttl_max_s=self.pin_ttl_max_s,
             pinned_share=self.pinned_share,
             cooling_s=self.cooling_s,
+            quota_bytes=self.quota_bytes,
         )
+
+    def retention(self) -> Retention:
+        """What decides which blocks go first."""
+        if self.eviction == "lru":
+            return LeastRecentlyUsed()
+        return ReuseValue(cost=RecomputeCost(block_s=self.recompute_s), horizon_s=self.reuse_horizon_s)
+
+    def quotas(self) -> dict[TenantId, int]:
+        """Bytes that tenants may take."""
+        named = ((TenantId(name), tenant.kv_quota_bytes) for name, tenant in self.tenants.items())
+        return {name: quota_bytes for name, quota_bytes in named if quota_bytes is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields, replace
@@ -23,6 +24,7 @@ from .encoding import encoders
 from .event_log import EventLog
 from .meshed import meshed
 from .recode import Recoder
+from .scrub import Scrubber
 from .servicer import Servicer, condemn
 from .store import Store, StoreActor
 from .tasks import Handler, Tasks
@@ -38,7 +40,10 @@ async def serve(config: Config, rt: Runtime) -> None:
     codecs = await to_thread.run_sync(config.codecs.open)
     layout = Arena(config.capacity_bytes)
     with arena_file(directory, f"{rt.worker}-{rt.epoch}", layout.capacity_bytes) as arena:
-        index = StoreIndex(arena=layout, epoch=rt.epoch, name=f"{rt.worker}-{rt.epoch}", limits=config.limits())
+        index = StoreIndex(
+            arena=layout, epoch=rt.epoch, name=f"{rt.worker}-{rt.epoch}", limits=config.limits(),
+            retention=config.retention(), quotas=config.quotas(), token=partial(secrets.token_urlsafe, 12),
+        )  # fmt: skip
         store = Store(index, arena, EventLog(worker=rt.worker, epoch=rt.epoch, kept=config.events_kept))
         info = StoreInfo(
             worker=rt.worker,
@@ -53,6 +58,8 @@ async def serve(config: Config, rt: Runtime) -> None:
             handlers: dict[TaskKind, Handler] = {}  # each kind of task registers its own
             recoder = Recoder(store, actor, codecs, config.codecs)
             handlers[TaskKind.RECODE] = recoder.recode
+            scrubber = Scrubber(store, actor, bytes_per_s=config.scrub_bytes_per_s)
+            handlers[TaskKind.SCRUB] = scrubber.scrub
             transfers = Transfers(store, rt.clock)
             bulk = BulkServer(transfers, partial(condemn, actor), token=rt.mesh_token, limits=config.bulk_limits())
             async with AsyncExitStack() as stack:
@@ -68,6 +75,7 @@ async def serve(config: Config, rt: Runtime) -> None:
                 rt.metrics.sampled("kvstore_tier", "State and counts of each tier.", ["tier", "what"], tiers.metrics)
                 tasks = await stack.enter_async_context(_tasks(handlers))
                 await stack.enter_async_context(recoder.running())
+                await stack.enter_async_context(scrubber.running())
                 if config.bulk_address():
                     info = replace(
                         info, bulk_address=await stack.enter_async_context(bulk.serve(config.bulk_address()))

@@ -16,14 +16,14 @@ from covey.net.rpc import Call, Handlers
 from covey.policy.store_index import Placed
 from covey.types import kv
 from covey.types.common import Empty
-from covey.types.ids import LeaseId, NamespaceId, TenantId
+from covey.types.ids import LeaseId, TenantId
 
-from .event_log import SCHEMA
 from .meshed import Meshed
 from .store import Command, Store
 from .tasks import Tasks
 from .tiers.tiers import Tiers
 from .transfers import Transfers
+from .watching import Watching
 
 R = TypeVar("R")
 
@@ -44,6 +44,7 @@ class Servicer:
         self._transfers = transfers
         self._tiers = tiers
         self._meshed = meshed
+        self._watching = Watching(store, actor)
 
     def handlers(self) -> Handlers:
         return {
@@ -109,6 +110,7 @@ class Servicer:
             if self._transfers.was_streamed(request.lease, block.hash):
                 await self._check_streamed(request.lease, block, call)
         reply = await self._do(call, lambda store, now: store.commit(request, now))
+        self._tiers.note_written()
         if request.ack is kv.AckLevel.REPLICATED and self._meshed is not None and request.blocks:
             names = tuple(block.hash for block in request.blocks)
             placed = await self._do(call, lambda store, now: store.index.locate(request.lease, names[:1], now))
@@ -146,22 +148,13 @@ class Servicer:
         await self._do(call, lambda store, now: store.index.quarantine(request, now))
         return Empty()
 
-    async def watch(self, request: kv.WatchKvRequest, call: Call) -> AsyncIterator[kv.KvEvent]:
-        """Yield events; a snapshot is one CLEARED and then STORED events, all numbered as the event they follow."""
-        log, epoch, seq = self._store.log, request.epoch, request.seq
-        while not log.closed:
-            if not log.can_follow(epoch, seq):
-                snapshot = await self._do(call, lambda store, _: store.snapshot())
-                epoch, seq = snapshot.epoch, snapshot.seq
-                for event in _as_events(snapshot):
-                    yield event
-            for event in tuple(log.after(seq)):
-                yield event
-                seq = event.seq
-            await log.changed(seq)
+    async def watch(self, request: kv.WatchKvRequest, _: Call) -> AsyncIterator[kv.KvEvent]:
+        async for event in self._watching.watch(request):
+            yield event
 
-    async def snapshot(self, _: Empty, call: Call) -> kv.KvSnapshot:
-        return await self._do(call, lambda store, _: store.snapshot())
+    async def snapshot(self, _: Empty, __: Call) -> AsyncIterator[kv.KvSnapshot]:
+        async for page in self._watching.pages():
+            yield page
 
     async def stats(self, _: Empty, __: Call) -> kv.StoreStats:
         return self.now()
@@ -214,20 +207,3 @@ def _check_tenant(tenant: TenantId) -> None:
 def _reserve(request: kv.ReserveRequest, store: Store, now: float) -> tuple[kv.ReserveReply, list[Placed]]:
     reply = store.reserve(request, now)
     return reply, store.unbacked(reply, now)
-
-
-def _as_events(snapshot: kv.KvSnapshot) -> list[kv.KvEvent]:
-    def event(kind: kv.KvEventKind, entry: kv.KvSnapshotEntry) -> kv.KvEvent:
-        return kv.KvEvent(
-            epoch=snapshot.epoch,
-            seq=snapshot.seq,
-            schema=SCHEMA,
-            worker=snapshot.worker,
-            kind=kind,
-            namespace=entry.namespace,
-            hashes=entry.hashes,
-        )
-
-    nothing = kv.KvSnapshotEntry(namespace=NamespaceId(b""))
-    stored = (event(kv.KvEventKind.STORED, entry) for entry in snapshot.entries)
-    return [event(kv.KvEventKind.CLEARED, nothing), *stored]

@@ -101,11 +101,11 @@ class Store:
         sealed = self._seal(slot, sums)
         return self.index.replace(lease, {name: sealed}, now) == 1
 
-    def snapshot(self) -> KvSnapshot:
-        """Return all shared blocks as of the newest event."""
+    def page(self, first: int, rows_max: int) -> KvSnapshot:
+        """Return a part of the shared blocks as of the newest event: see `StoreIndex.snapshot`."""
         entries = (
             KvSnapshotEntry(namespace=namespace, hashes=hashes[start : start + EVENT_HASHES_MAX])
-            for namespace, hashes in self.index.snapshot()
+            for namespace, hashes in self.index.snapshot(first, rows_max)
             for start in range(0, len(hashes), EVENT_HASHES_MAX)
         )
         return KvSnapshot(epoch=self.log.epoch, seq=self.log.seq, worker=self.log.worker, entries=tuple(entries))

@@ -23,6 +23,7 @@ from covey.testing import assert_eventually, free_port
 from covey.types.common import Empty
 from covey.types.ids import BlockHash, LeaseId, TenantId, WorkerId
 from covey.types.kv import (
+    CHUNK_BYTES_MAX,
     BlockKey,
     BlockShape,
     CommitBlock,
@@ -181,7 +182,7 @@ async def test_get_sends_the_layers_that_are_asked_and_no_block_without_a_lease(
             got = b""
             async with channel.stream(KvStore.GET, request, timeout_s=5) as chunks:
                 async for chunk in chunks:
-                    assert len(chunk.data) <= 1 << 20
+                    assert len(chunk.data) <= CHUNK_BYTES_MAX
                     assert bool(chunk.checksums) == (not got)
                     got += chunk.data
             return got
