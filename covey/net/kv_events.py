@@ -179,7 +179,7 @@ class KvEventIndex:
             case KvEventKind.STORED:
                 for block in event.hashes:
                     self.blocks.add(event.worker, (event.namespace, block))
-            case KvEventKind.EVICTED:
+            case KvEventKind.EVICTED | KvEventKind.MOVED:  # who holds it below says so when it is asked
                 for block in event.hashes:
                     self.blocks.remove(event.worker, (event.namespace, block))
             case KvEventKind.CLEARED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import TypeVar
 
 import anyio
@@ -16,17 +16,16 @@ from covey.compression.codec import raw
 from covey.errors import CoveyError, DataCorrupt
 from covey.net.kv.copying import copy_in
 from covey.policy.disk_record import Record, has_sums
+from covey.policy.rights import STORE
 from covey.policy.store_index import Placed
 from covey.types import kv
 from covey.types.ids import BlockHash, NamespaceId, TenantId
 from services.kvstore.store import Command, Store
 
-from .tier import ALL_CODECS
-
 R = TypeVar("R")
 
 ASK_TIMEOUT_S = 5.0
-OWNER = "tiers"
+OWNER = "store/tiers"
 COPY_TTL_S = 60.0
 """How long blocks are held while a batch of them is copied: long past any deadline of a tier."""
 
@@ -93,12 +92,12 @@ class Memory:
     @asynccontextmanager
     async def held(self, chain: Sequence[Placed]) -> AsyncIterator[Held]:
         """Hold blocks of one namespace, parents first, and read them; as many leading ones as are there and good."""
-        grant, placed = await self.ask(lambda store, now: _hold(store, chain, now))
+        grant, placed = await self.ask(lambda store, now: _keep(store, chain, now))
         try:
             yield await to_thread.run_sync(self._read, placed)
         finally:
             if grant is not None:
-                await self.release(chain[0].tenant, grant)
+                await self.release(STORE, grant)
 
     async def condemn(self, placed: Placed, why: str) -> None:
         """Take out a block that is bad."""
@@ -149,14 +148,16 @@ class Memory:
                 return  # it ended by itself
 
     async def _fill(self, records: Sequence[Record], reply: kv.ReserveReply) -> int:
+        granted = [grant.hash for grant in reply.grants if grant.status is kv.GrantStatus.GRANTED]
+        slots = await self.ask(
+            lambda store, now: {name: store.index.writable(reply.lease.lease, name, now) for name in granted}
+        )
         commits, good = [], 0
         for record, grant in zip(records, reply.grants, strict=True):
             if grant.status is kv.GrantStatus.PENDING:
                 break
             if grant.status is kv.GrantStatus.GRANTED:
-                name, lease = record.hash, reply.lease.lease
-                slot = await self.ask(lambda store, now, lease=lease, name=name: store.index.writable(lease, name, now))  # type: ignore[misc]
-                if not await to_thread.run_sync(self._write, slot, record):
+                if not await to_thread.run_sync(self._write, slots[record.hash], record):
                     break
                 commits.append(kv.CommitBlock(hash=record.hash, checksums=record.header.checksums))
             good += 1
@@ -199,16 +200,15 @@ def _raw(slot: Placed) -> kv.BlockShape:
     return slot.shape if slot.codec is kv.BlockCodec.RAW else raw(slot.shape)
 
 
-def _hold(store: Store, chain: Sequence[Placed], now: float) -> tuple[kv.LeaseGrant | None, tuple[Placed, ...]]:
-    first = chain[0]
-    request = kv.LookupRequest(
-        tenant=first.tenant, namespace=first.namespace, hashes=tuple(each.location.hash for each in chain),
-        owner=OWNER, ttl_s=COPY_TTL_S, shape=_raw(first), codecs=ALL_CODECS,
-    )  # fmt: skip
-    reply = store.index.lookup(request, now)
-    if reply.lease is None:
+def _keep(store: Store, chain: Sequence[Placed], now: float) -> tuple[kv.LeaseGrant | None, tuple[Placed, ...]]:
+    """Lease a chain to the store itself, as far as it is still there."""
+    names = tuple(each.location.hash for each in chain)
+    kept = store.index.keep(chain[0].namespace, names, owner=OWNER, ttl_s=COPY_TTL_S, now=now)
+    if kept is None:
         return None, ()
-    return reply.lease, store.index.locate(reply.lease.lease, [block.hash for block in reply.blocks], now)
+    grant, placed = kept
+    whole = takewhile(lambda pair: pair[0].location.hash == pair[1], zip(placed, names, strict=False))
+    return grant, tuple(each for each, _ in whole)
 
 
 def _reserve(store: Store, request: kv.ReserveRequest, now: float) -> tuple[kv.ReserveReply, list[Placed]]:
