@@ -16,6 +16,7 @@ from covey.compression import Codebook, Codec, Fp16, Int8, Pq4, decode, encode
 from covey.errors import InvalidArgument, LayoutMismatch
 from covey.net.kv import KvClient
 from covey.net.rpc import Channel, Channels
+from covey.types.common import Empty
 from covey.types.ids import BlockHash, NamespaceId, TenantId
 from covey.types.kv import (
     BlockCodec,
@@ -236,6 +237,35 @@ async def test_a_budget_of_quality_keeps_blocks_exact(tmp_path: Path) -> None:
             assert np.allclose(
                 np.frombuffer((await read(lossy, key, names))[0], "<f4"), np.frombuffer(data[0], "<f4"), rtol=2e-3
             )
+
+
+async def test_a_cancelled_task_leaves_every_block_in_one_version_and_nothing_held(tmp_path: Path) -> None:
+    process = StoreProcess(tmp_path, "codecs.recent_blocks=0")
+    process.start(env={"COVEY_FAILPOINTS": "kvstore.recode=sleep(30)@2"})
+    try:
+        async with clients(process, BlockCodec.INT8) as (exact, lossy, channel):
+            key = place()
+            names, data = await stored(exact, key, 3)
+            before = await channel.call(KvStore.STATS, Empty(), timeout_s=5)
+            task = StartTask(kind=TaskKind.RECODE, tenant=key.tenant, namespace=key.namespace, codec=BlockCodec.INT8)
+            status = await channel.call(KvStore.START, task, timeout_s=5)
+            with anyio.fail_after(10):
+                while (await channel.call(KvStore.GET_TASK, TaskRequest(task=status.task), timeout_s=5)).done < 1:
+                    await anyio.sleep(0.01)
+            expected = [through(BlockCodec.INT8, data[0]), *data[1:]]
+            assert await read(lossy, key, names) == expected, "amid the second block"
+            await channel.call(KvStore.CANCEL_TASK, TaskRequest(task=status.task), timeout_s=5)
+            with anyio.fail_after(10):
+                while status.state is TaskState.RUNNING:
+                    await anyio.sleep(0.01)
+                    status = await channel.call(KvStore.GET_TASK, TaskRequest(task=status.task), timeout_s=5)
+            assert (status.state, status.done) == (TaskState.CANCELLED, 1)
+            assert await read(lossy, key, names) == expected
+            after = await channel.call(KvStore.STATS, Empty(), timeout_s=5)
+            assert (after.leases, after.leased_blocks, after.blocks) == (0, 0, 3)
+            assert after.used_bytes < before.used_bytes
+    finally:
+        process.stop()
 
 
 async def test_blocks_are_encoded_on_their_way_to_disk_and_come_up_in_that_codec(tmp_path: Path) -> None:
