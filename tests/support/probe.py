@@ -108,6 +108,10 @@ class Probe:
         """Samples without labels, by name."""
         return {s.name: s.value for s in await self._samples(url) if not s.labels}
 
+    async def sample(self, name: str, family: str, what: str) -> int:
+        """One value of a child's metrics that tell things by name."""
+        return (await self._counts(name, family))[what]
+
     async def _counts(self, name: str, family: str) -> dict[str, int]:
         url = f"http://{self._mesh.children[name].addresses['metrics']}"
         return {s.labels["what"]: int(s.value) for s in await self._samples(url) if s.name == family}
