@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from random import Random
 
 from covey.clock import Clock
-from covey.errors import InvalidArgument, NoSpace, NotFound
+from covey.errors import NoSpace, NotFound
 from covey.policy.reuse import CategoryPolicy, ReuseMode, ReusePolicy
 from covey.types.generate import FinishReason
 from covey.types.program import CacheOutcome
@@ -18,8 +18,6 @@ from covey.types.semcache import (
     CacheReply,
     CacheStats,
     FeedbackRequest,
-    InvalidateReply,
-    InvalidateRequest,
     OfferReply,
     Verdict,
 )
@@ -165,8 +163,8 @@ class AnswerCache:
             why=finding.decision.why,
         )
 
-    async def offer(self, offer: CacheOffer, *, timeout_s: float) -> OfferReply:
-        """Keep an answer if its category's policy wants it; raises `InvalidArgument`."""
+    async def offer(self, offer: CacheOffer, *, timeout_s: float, age_s: float = 0.0) -> OfferReply:
+        """Keep an answer if its category's policy wants it and it is not too old; raises `InvalidArgument`."""
         check_query(offer.query)
         token_ids = pack_ids(offer.ids)
         query = spelt(offer.query)
@@ -181,7 +179,9 @@ class AnswerCache:
         self._metrics.offer(stored=not why, category=policy.name)
         if why:
             return OfferReply(stored=False, why=why)
-        now = self._clock.now()
+        if age_s >= policy.ttl_s:
+            return OfferReply(stored=False, why=f"the answer is older than the {policy.ttl_s:g} s of its category")
+        now = self._clock.now() - age_s
         document = Document(
             label=self._rng.getrandbits(LABEL_BITS),
             shelf=shelf_of(query, policy),
@@ -233,18 +233,6 @@ class AnswerCache:
         if request.verdict is not Verdict.RIGHT:
             await self._library.remove((entry.label,))
             self._metrics.removed(1, request.verdict.value.lower())
-
-    async def invalidate(self, request: InvalidateRequest) -> InvalidateReply:
-        """Remove a tenant's entries, all or those that match every field that is set."""
-        if not request.tenant:
-            raise InvalidArgument("name the tenant whose entries are to go", field="tenant")
-        matching = self._store.matching(request.tenant, model=request.model, category=request.category)
-        doomed = [entry for entry in matching if request.entry in ("", entry.id)]
-        await self._library.remove([entry.label for entry in doomed])
-        if not (request.model or request.category or request.entry):
-            self._embedder.forget(request.tenant)
-        self._metrics.removed(len(doomed), "invalidated")
-        return InvalidateReply(removed=len(doomed))
 
     def stats(self) -> CacheStats:
         """Return totals since the start."""

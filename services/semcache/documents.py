@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from covey.types.ids import TenantId
@@ -63,7 +63,7 @@ class Documents(Protocol):
 
 
 class MemoryDocuments:
-    """Documents that end with the process: for a cache that is configured to keep nothing."""
+    """Documents that end with the process: for a cache that is configured to keep nothing on a disk."""
 
     writable = ""
 
@@ -72,8 +72,7 @@ class MemoryDocuments:
         self._standing: dict[TenantId, Voided] = {}
 
     async def put(self, documents: Sequence[Document]) -> None:
-        # The index has the vectors: a copy of each here would double what a cache without a disk weighs.
-        self._documents.update((document.label, replace(document, vector=b"")) for document in documents)
+        self._documents.update((document.label, document) for document in documents)
 
     async def remove(self, labels: Iterable[int]) -> None:
         self.forget(labels)

@@ -67,7 +67,7 @@ async def serve(config: Config, rt: Runtime) -> None:
             clock=rt.clock,
             rng=rt.rng,
         )
-        desk = Desk(cache, open_flights(config, rt.clock, rt.rng, metrics))
+        desk = Desk(cache, library, embedder, open_flights(config, rt.clock, rt.rng, metrics), metrics, rt.clock)
         servicer = SemCacheServicer(
             desk,
             embedder,

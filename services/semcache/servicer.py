@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from covey.codec.methods import SemCache
 from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound, PayloadTooLarge
 from covey.net.rpc import Call, Handlers
@@ -12,12 +14,15 @@ from covey.types.semcache import (
     CacheExplanation,
     CacheOffer,
     CacheQuery,
+    CacheRecord,
     CacheReply,
     CacheStats,
+    ExportCache,
     FeedbackRequest,
     InvalidateReply,
     InvalidateRequest,
     OfferReply,
+    WarmReply,
 )
 
 from .desk import Desk
@@ -52,6 +57,8 @@ class SemCacheServicer:
             SemCache.EMBED: self.embed,
             SemCache.STATS: self.stats,
             SemCache.ABANDON: self.abandon,
+            SemCache.EXPORT: self.export,
+            SemCache.WARM: self.warm,
         }
 
     async def lookup(self, request: CacheQuery, call: Call) -> CacheReply:
@@ -68,11 +75,18 @@ class SemCacheServicer:
         return await self._cache.explain(request, timeout_s=call.remaining_s())
 
     async def feedback(self, request: FeedbackRequest, call: Call) -> Empty:
-        await self._cache.feedback(request)
+        await self._desk.feedback(request)
         return Empty()
 
     async def invalidate(self, request: InvalidateRequest, call: Call) -> InvalidateReply:
-        return await self._cache.invalidate(request)
+        return await self._desk.invalidate(request, timeout_s=call.remaining_s())
+
+    async def export(self, request: ExportCache, call: Call) -> AsyncIterator[CacheRecord]:
+        async for record in self._desk.export(request):
+            yield record
+
+    async def warm(self, records: AsyncIterator[CacheRecord], call: Call) -> WarmReply:
+        return await self._desk.warm(records)
 
     async def stats(self, request: Empty, call: Call) -> CacheStats:
         return self._cache.stats()

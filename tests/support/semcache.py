@@ -134,7 +134,7 @@ async def running_cache(
             while status.phase is Phase.LOADING:
                 await anyio.sleep(0.01)
             await learn_categories(config.examples(), embedder, cache, floor=config.classify_floor, log=log)
-        desk = Desk(cache, open_flights(config, clock, Random(8), instruments))
+        desk = Desk(cache, library, embedder, open_flights(config, clock, Random(8), instruments), instruments, clock)
         yield Parts(
             desk=desk,
             cache=cache,

@@ -56,7 +56,7 @@ async def test_no_tenant_sees_anothers_entries_by_any_tier_or_call(clock: Virtua
         assert (explained.entry, explained.similarity) == ("", 0.0)
         with pytest.raises(NotFound):
             await parts.cache.feedback(FeedbackRequest(tenant=RIVAL, entry=entry, verdict=Verdict.WRONG))
-        assert (await parts.cache.invalidate(InvalidateRequest(tenant=RIVAL))).removed == 0
+        assert (await parts.desk.invalidate(InvalidateRequest(tenant=RIVAL), timeout_s=5.0)).removed == 0
         # positive control: the owner hits by both tiers
         assert await ask(parts, mine) is CacheOutcome.EXACT
         assert await ask(parts, replace(mine, exact_key=b"")) is CacheOutcome.SEMANTIC
@@ -130,7 +130,7 @@ async def test_invalidate_takes_what_every_set_field_matches(
         await keep(parts, query("two", exact=b"2", category="code"))
         await keep(parts, query("three", exact=b"3", model="other"))
         await keep(parts, query("one", exact=b"1", tenant=RIVAL))
-        assert (await parts.cache.invalidate(InvalidateRequest(tenant=ACME, **scope))).removed == removed
+        assert (await parts.desk.invalidate(InvalidateRequest(tenant=ACME, **scope), timeout_s=5.0)).removed == removed
         assert len(parts.store) == 4 - removed
         parts.store.check()
 
@@ -139,7 +139,7 @@ async def test_invalidate_one_entry(clock: VirtualClock) -> None:
     async with running_cache(clock) as parts:
         entry = await keep(parts, query("one", exact=b"1"))
         await keep(parts, query("two", exact=b"2"))
-        assert (await parts.cache.invalidate(InvalidateRequest(tenant=ACME, entry=entry))).removed == 1
+        assert (await parts.desk.invalidate(InvalidateRequest(tenant=ACME, entry=entry), timeout_s=5.0)).removed == 1
         assert await ask(parts, query("two", exact=b"2")) is CacheOutcome.EXACT
 
 

@@ -133,7 +133,7 @@ async def test_texts_are_encoded_once_a_tenant(clock: VirtualClock) -> None:
         assert seen == ["hi"]
         await parts.cache.lookup(query("hi", tenant="rival"), timeout_s=1.0)  # type: ignore[arg-type]
         assert seen == ["hi", "hi"]
-        await parts.cache.invalidate(InvalidateRequest(tenant=ACME))
+        await parts.desk.invalidate(InvalidateRequest(tenant=ACME), timeout_s=5.0)
         await parts.cache.lookup(query("hi"), timeout_s=1.0)
         assert seen == ["hi", "hi", "hi"]
 
