@@ -11,12 +11,11 @@ from anyio import to_thread
 from covey.actor import Ref
 from covey.codec.methods import KvStore
 from covey.errors import DataCorrupt, InvalidArgument, NoSpace
-from covey.net.kv.copying import checksums
 from covey.net.rpc import Call, Handlers
 from covey.policy.store_index import Placed
 from covey.types import kv
 from covey.types.common import Empty
-from covey.types.ids import LeaseId, TenantId
+from covey.types.ids import TenantId
 
 from .meshed import Meshed
 from .store import Command, Store
@@ -79,7 +78,9 @@ class Servicer:
 
         reply = await look_up()
         if self._tiers.is_needed(request, reply):
-            reply = await self._tiers.look_below(request, reply, look_up, within_s=call.within(request.wait_s))
+            reply = await self._tiers.look_below(
+                request, reply, look_up, within_s=call.within(COMMAND_TIMEOUT_S + request.wait_s)
+            )
         return reply
 
     async def reserve(self, request: kv.ReserveRequest, call: Call) -> kv.ReserveReply:
@@ -106,9 +107,7 @@ class Servicer:
         _check_tenant(request.tenant)
         if request.ack is kv.AckLevel.DURABLE:
             self._tiers.check_durable()
-        for block in request.blocks:
-            if self._transfers.was_streamed(request.lease, block.hash):
-                await self._check_streamed(request.lease, block, call)
+        await self._transfers.verify(request)
         reply = await self._do(call, lambda store, now: store.commit(request, now))
         self._tiers.note_written()
         if request.ack is kv.AckLevel.REPLICATED and self._meshed is not None and request.blocks:
@@ -182,12 +181,6 @@ class Servicer:
     def _back(self, slots: list[Placed]) -> None:
         for slot in slots:
             self._store.back(slot)
-
-    async def _check_streamed(self, lease: str, block: kv.CommitBlock, call: Call) -> None:
-        slot = await self._do(call, lambda store, now: store.index.writable(LeaseId(lease), block.hash, now))
-        found = await to_thread.run_sync(checksums, self._store.payload(slot), slot.shape)
-        if found != block.checksums:
-            raise DataCorrupt("the bytes that were written do not have these checksums", field="blocks")
 
 
 async def condemn(actor: Ref[Command[object]], slot: Placed, reason: str) -> None:

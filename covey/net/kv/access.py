@@ -54,7 +54,7 @@ class Access:
         """Lease the longest prefix that the node has, None when it has nothing. Raises `Unavailable`."""
         request = LookupRequest(
             tenant=key.tenant, namespace=key.namespace, hashes=hashes, owner=owner, ttl_s=ttl_s, shape=key.shape,
-            codecs=self._config.codecs,
+            codecs=self._config.codecs, wait_s=self._config.cold_wait_s,
         )  # fmt: skip
         asked_at = self._clock.now()
         reply = await enter(node, KvStore.LOOKUP, request)

@@ -16,6 +16,8 @@ class KvClientConfig:
     transport: Literal["auto", "shm", "grpc", "tcp"] = "auto"
     """`auto`: shared memory on one host, else the bulk channel where a node announces one, else gRPC."""
     call_timeout_s: float = 1.0
+    cold_wait_s: float = 0.5
+    """How long a look-up may wait for blocks that a node brings up from disk or from a shared engine."""
     transfer_timeout_s: float = 60.0
     """How long a stream over gRPC may take for each 64 MiB."""
     stall_timeout_s: float = 2.0
