@@ -12,11 +12,12 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -154,7 +155,7 @@ class CoveyStore:
                 return
 
 
-async def _together(clients: int, work: Callable[[int], Awaitable[None]]) -> float:
+async def _together(clients: int, work: Callable[[int], Coroutine[Any, Any, None]]) -> float:
     began = time.perf_counter()
     async with anyio.create_task_group() as tg:
         for number in range(clients):

@@ -6,15 +6,18 @@ and a command there is no race, and a piece of a block needs no message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from anyio import to_thread
+
 from covey.clock import Clock
-from covey.errors import InvalidArgument
+from covey.errors import DataCorrupt, InvalidArgument
+from covey.net.kv.copying import checksums
 from covey.net.kv.reading import Layers, layer_range
 from covey.policy.store_index import Placed
-from covey.types.ids import BlockHash, LeaseId
-from covey.types.kv import GetRequest, WriteChunk
+from covey.types.ids import BlockHash
+from covey.types.kv import BlockShape, CommitRequest, GetRequest, WriteChunk
 
 from .store import Store
 
@@ -67,9 +70,24 @@ class Transfers:
         room[: len(chunk.data)] = chunk.data
         return len(chunk.data)
 
-    def was_streamed(self, lease: LeaseId, name: BlockHash) -> bool:
-        """Whether a block came through here and is to be checked before it is committed; true only once."""
-        return self._streamed.pop((lease, name), 0) is None
+    async def verify(self, request: CommitRequest) -> None:
+        """Check blocks that came through here, once, before they are committed: a stream may have ended early.
+
+        Raises:
+            DataCorrupt: what was written does not have the checksums that are to be committed.
+            LeaseExpired, Fenced: the blocks are not the lease's to commit.
+        """
+        due = []
+        for block in request.blocks:
+            if self._streamed.pop((request.lease, block.hash), 0) is None:
+                slot = self._store.index.writable(request.lease, block.hash, self._clock.now(), tenant=request.tenant)
+                due.append((self._store.payload(slot), slot.shape, block.checksums))
+        if due and not await to_thread.run_sync(_are_good, due):
+            raise DataCorrupt("the bytes that were written do not have these checksums", field="blocks")
+
+
+def _are_good(blocks: Sequence[tuple[memoryview, BlockShape, tuple[int, ...]]]) -> bool:
+    return all(checksums(payload, shape) == expected for payload, shape, expected in blocks)
 
 
 class SlotReader:
