@@ -83,13 +83,20 @@ def engine(
 @click.option("--quick", is_flag=True, help="End within five minutes.")
 @click.option("--json", "target", help="Write the result here; - for standard output.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), default=Path(".bench"), show_default=True)
-def kv(peers: bool, quick: bool, target: str | None, plots: Path) -> None:
+@click.option("--codecs", is_flag=True, help="Also what each codec of blocks costs in memory, time and quality.")
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Public data; $COVEY_DATA.")
+@click.option("--model", default=DEFAULT, show_default=True, help="Whose blocks the codecs encode.")
+def kv(peers: bool, quick: bool, target: str | None, plots: Path, codecs: bool, data: Path | None, model: str) -> None:
     """The KV store: puts, gets and look-ups by every transport, beside other stores and bare memory."""
     from benchmarks import kv as benchmark
 
     console = Console(stderr=target == "-")
     with tempfile.TemporaryDirectory(prefix="covey-bench-") as run_dir:
         report = benchmark.run(Path(run_dir), console, quick=quick, with_peers=peers, plots=plots)
+    if codecs:
+        from benchmarks import kv_codecs
+
+        report.rows += kv_codecs.run(model, ready_home() / "cache", console, quick=quick, data=data or _data()).rows
     _publish(report, console, target, plots / "kv.png")
 
 
