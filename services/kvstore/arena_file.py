@@ -15,6 +15,7 @@ from pathlib import Path
 
 from covey.config import ConfigError
 from covey.errors import NoSpace
+from covey.policy.arena import PAGE_BYTES
 
 SUFFIX = ".arena"
 PROBE_SUFFIX = ".probe"
@@ -30,12 +31,13 @@ class ArenaFile:
         self.size_bytes = size_bytes
         self._fd = fd
         self._map = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._backed: set[tuple[int, int]] = set()  # bounded by the slots that fit
+        self._backed = bytearray(-(-size_bytes // PAGE_BYTES))  # one byte a page
         self.view = memoryview(self._map)
 
     def is_backed(self, offset: int, size_bytes: int) -> bool:
-        """Whether `back` has run for this range."""
-        return (offset, size_bytes) in self._backed
+        """Whether `back` has run for all of this range."""
+        first, last = _pages(offset, size_bytes)
+        return self._backed.find(0, first, last) < 0
 
     def back(self, offset: int, size_bytes: int) -> None:
         """Take the pages of a slot now: a full file system is an error here, and a SIGBUS for whoever writes first.
@@ -49,7 +51,8 @@ class ArenaFile:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
                 raise
             raise NoSpace(f"the file system of {self.path.parent} is full", retry_after_ms=1000) from error
-        self._backed.add((offset, size_bytes))
+        first, last = _pages(offset, size_bytes)
+        self._backed[first:last] = b"\1" * (last - first)
 
     def close(self) -> None:
         """Remove the files and unmap."""
@@ -58,6 +61,10 @@ class ArenaFile:
         self.view.release()
         with suppress(BufferError):  # a transfer that outlived the grace period: the process ends it
             self._map.close()
+
+
+def _pages(offset: int, size_bytes: int) -> tuple[int, int]:
+    return offset // PAGE_BYTES, -(-(offset + size_bytes) // PAGE_BYTES)
 
 
 @contextmanager
