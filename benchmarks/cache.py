@@ -36,12 +36,12 @@ ANSWER_LIFE, TTL = 2000, 500
 """In the part on staleness each answer changes once in so many questions, and entries live for so many."""
 
 FORMATION = """\
-A stream is the measuring half of a set, asked one question after the other; an answer that a system does not serve from
-its cache comes from the model (here: the labelled answer) and is offered to the cache, which starts empty. A hit is right
-when the served answer is that of an equal question. Ours learns each category's decision on the other half; uniform,
-GPTCache, RedisVL and vCache's rule get the one setting that is best in hindsight on the measured half, of all sets
-together, with at most 1 false hit per 100 questions, and the better of two keys for dialogues (last message, all user
-turns joined)."""
+A stream is the measuring half of a set, asked one question after the other; an answer that a system does not serve
+from its cache comes from the model (here: the labelled answer) and is offered to the cache, which starts empty. A hit
+is right when the served answer is that of an equal question. Ours learns each category's decision on the other half;
+uniform, GPTCache, RedisVL and vCache's rule get the one setting that is best in hindsight on the measured half, of all
+sets together, with at most 1 false hit per 100 questions, and the better of two keys for dialogues (last message, all
+user turns joined)."""
 
 
 def run(data: Path, console: Console, *, quick: bool, with_peers: bool, plots: Path) -> Report:

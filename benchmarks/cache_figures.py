@@ -93,12 +93,12 @@ class Figures:
                 _times(report, name, system, [played[name]])
             _hits(report, ALL, system, self._joined(played))
             _times(report, ALL, system, list(played.values()))
-        for system, outcomes in self._last.items():
-            _hits(report, self._dialogues, system, outcomes)
-        for system, counts in self._stale.items():
+        for word, outcomes in self._last.items():
+            _hits(report, self._dialogues, word, outcomes)
+        for word, counts in self._stale.items():
             for name, count in counts.items():
-                report.rows.append(_share(name, system, "stale_hits", count, self.asked[name]))
-            report.rows.append(_share(ALL, system, "stale_hits", sum(counts.values()), sum(self.asked.values())))
+                report.rows.append(_share(name, word, "stale_hits", count, self.asked[name]))
+            report.rows.append(_share(ALL, word, "stale_hits", sum(counts.values()), sum(self.asked.values())))
         self._ratios(report)
 
     def _ratios(self, report: Report) -> None:

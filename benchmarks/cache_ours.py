@@ -148,10 +148,9 @@ async def play(
             accounts=UNACCOUNTED,
         )
         if examples is not None:
-            vectors = {
-                name: [v for text in texts if (v := vector_of(text)) is not None] for name, texts in examples.items()
-            }
-            cache.learn(vectors, floor=config.classify_floor)
+            found = {name: [vector_of(text) for text in texts] for name, texts in examples.items()}
+            known = {name: [vector for vector in vectors if vector is not None] for name, vectors in found.items()}
+            cache.learn(known, floor=config.classify_floor)
         upkeep = Upkeep(library, embedder, metrics, MonotonicClock(), every_s=config.sweep_s)
         async with anyio.create_task_group() as tg:
             tg.start_soon(upkeep.run)

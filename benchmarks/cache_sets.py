@@ -20,6 +20,7 @@ from random import Random
 from typing import NamedTuple
 
 from covey.errors import NotFound
+from covey.policy.reuse_guard import FUNCTION_WORDS
 
 QQP_QUESTIONS = 12_000
 """Questions of the QQP file that are used, whole components at a time; all 44,769 would only take longer."""
@@ -121,54 +122,7 @@ def _gsm8k(folder: Path) -> QuestionSet:
     return _halved("gsm8k", [(json.loads(line)["question"], index) for index, line in enumerate(lines)])
 
 
-_FUNCTION_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "do",
-        "does",
-        "did",
-        "in",
-        "on",
-        "at",
-        "of",
-        "for",
-        "to",
-        "and",
-        "or",
-        "by",
-        "with",
-        "from",
-        "as",
-        "it",
-        "its",
-        "has",
-        "have",
-        "had",
-        "who",
-        "what",
-        "when",
-        "where",
-        "which",
-        "why",
-        "how",
-        "many",
-        "much",
-        "whose",
-        "whom",
-        "that",
-        "this",
-        "there",
-        "s",
-    ]
-)
+_FUNCTION_WORDS = FUNCTION_WORDS | {"being", "s", "much", "many"}
 
 
 def _nq_open(folder: Path) -> QuestionSet:

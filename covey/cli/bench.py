@@ -114,6 +114,24 @@ def precision(quick: bool, data: Path | None, target: str | None, model: str) ->
     _publish(report, console, target, None)
 
 
+@bench.command()
+@click.option("--peers", is_flag=True, help="Measure those that `make peers` has set up, too.")
+@click.option("--quick", is_flag=True, help="Fifteen hundred questions of each half: end within five minutes.")
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Public data; $COVEY_DATA.")
+@click.option("--json", "target", help="Write the result here; - for standard output.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), default=Path(".bench"), show_default=True)
+def cache(peers: bool, quick: bool, data: Path | None, target: str | None, plots: Path) -> None:
+    """Right, false and stale hits of semcache, its peers and their rules on the same questions."""
+    from benchmarks import cache as benchmark
+
+    given = data or _data()
+    if given is None:
+        raise click.UsageError("name the folder of public data: --data DIR, or COVEY_DATA")
+    console = Console(stderr=target == "-")
+    report = benchmark.run(given, console, quick=quick, with_peers=peers, plots=plots)
+    _publish(report, console, target, plots / "cache.png")
+
+
 def _data() -> Path | None:
     """The folder of public data that the environment names."""
     return Path(os.environ["COVEY_DATA"]) if os.environ.get("COVEY_DATA") else None
