@@ -91,6 +91,10 @@ class MeshToken:
         """Return the `authorization` header of an internal call."""
         return f"Bearer {self._sent}"
 
+    def keys(self) -> tuple[bytes, ...]:
+        """Return what proofs are made with where the token itself must not travel: the first is ours, all count."""
+        return self._accepted
+
     def matches(self, credential: str) -> bool:
         """Compare what came after `Bearer`, in constant time."""
         presented = _digest(credential)

@@ -46,6 +46,10 @@ class Token(Protocol):
         """Return the value of the `authorization` header."""
         ...
 
+    def keys(self) -> tuple[bytes, ...]:
+        """Return what proves that one knows the token, without sending it: the first is ours, all count."""
+        ...
+
 
 @runtime_checkable
 class Gatekeeper(Protocol):

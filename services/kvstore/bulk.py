@@ -116,9 +116,14 @@ class BulkServer:
             frame = _expected(await peer.header(), Kind.PROOF)
             answer = await peer.take(frame.length)
             theirs, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
-            if not hmac.compare_digest(proof, bulk_frame.client_proof(self._token, nonce, theirs)):
+            known = [
+                key
+                for key in bulk_frame.keys_of(self._token)
+                if hmac.compare_digest(proof, bulk_frame.client_proof(key, nonce, theirs))
+            ]
+            if not known:
                 raise Unauthenticated("this channel needs the mesh token")
-            mine = bulk_frame.server_proof(self._token, nonce, theirs)
+            mine = bulk_frame.server_proof(known[0], nonce, theirs)
             await peer.send((bulk_frame.pack(Kind.WELCOME, len(mine)), mine))
             return
         raise Unauthenticated("no proof of the mesh token came")

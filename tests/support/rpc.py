@@ -32,6 +32,9 @@ class PlainToken:
     def matches(self, presented: str) -> bool:
         return hmac.compare_digest(self.value.encode(), presented.encode())
 
+    def keys(self) -> tuple[bytes, ...]:
+        return (self.bearer().encode(),)
+
     def bearer(self) -> str:
         return f"Bearer {self.value}"
 

@@ -115,10 +115,11 @@ class BulkConnection:
     def _shake_hands(self, token: Token | None) -> None:
         server_nonce = self.take(self.receive(Kind.CHALLENGE).length)
         nonce = secrets.token_bytes(NONCE_BYTES)
-        proof = bulk_frame.client_proof(token, server_nonce, nonce)
+        keys = bulk_frame.keys_of(token)
+        proof = bulk_frame.client_proof(keys[0], server_nonce, nonce)
         self.send((bulk_frame.pack(Kind.PROOF, len(nonce) + len(proof)), nonce, proof))
         answer = self.take(self.receive(Kind.WELCOME).length)
-        if not hmac.compare_digest(answer, bulk_frame.server_proof(token, server_nonce, nonce)):
+        if not any(hmac.compare_digest(answer, bulk_frame.server_proof(key, server_nonce, nonce)) for key in keys):
             raise Unauthenticated("the bulk channel's server does not know the mesh token")
 
     def _refused(self) -> CoveyError | None:

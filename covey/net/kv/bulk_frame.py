@@ -16,7 +16,6 @@ import hmac
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from hashlib import sha256
 
 from covey.errors import InvalidArgument, PayloadTooLarge
 from covey.net.call import Token
@@ -89,15 +88,16 @@ def unpack(data: bytes | bytearray | memoryview) -> Frame:
     return Frame(kind, length)
 
 
-def client_proof(token: Token | None, server_nonce: bytes, client_nonce: bytes) -> bytes:
-    """Return what shows a server that a client knows the mesh token; without a token, a mesh has none."""
-    return hmac.digest(_key(token), b"covey bulk client" + server_nonce + client_nonce, sha256)
+def keys_of(token: Token | None) -> tuple[bytes, ...]:
+    """Return the keys of proofs, ours first; without a token, a mesh has one that everybody knows."""
+    return token.keys() if token is not None else (b"",)
 
 
-def server_proof(token: Token | None, server_nonce: bytes, client_nonce: bytes) -> bytes:
+def client_proof(key: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
+    """Return what shows a server that a client knows the mesh token."""
+    return hmac.digest(key, b"covey bulk client" + server_nonce + client_nonce, "sha256")
+
+
+def server_proof(key: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
     """Return what shows a client that it reached a server of its mesh."""
-    return hmac.digest(_key(token), b"covey bulk server" + server_nonce + client_nonce, sha256)
-
-
-def _key(token: Token | None) -> bytes:
-    return token.bearer().encode() if token is not None else b""
+    return hmac.digest(key, b"covey bulk server" + server_nonce + client_nonce, "sha256")
