@@ -33,6 +33,10 @@ class MeshFiles:
     def api_key_file(self) -> Path:
         return self.run_dir / "api.key"
 
+    @property
+    def mesh_token_file(self) -> Path:
+        return self.run_dir / "mesh.token"
+
     def log(self, name: str) -> Path:
         """Where a child's output goes."""
         return self.run_dir / "logs" / f"{name}.log"
@@ -51,7 +55,7 @@ class MeshFiles:
             "common": {
                 "nats": nats_url,
                 "nats_token_file": str(nats_token_file),
-                "mesh_token_file": str(self._secret("mesh.token")),
+                "mesh_token_file": str(self._secret(self.mesh_token_file.name)),
                 "run_dir": str(self.run_dir),
             },
             "prefill": {"cache_dir": str(self.cache_dir)},

@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": ("covey.cli.demo", "Start a mesh, chat, run a workflow twice, print what it cost."),
     "chat": ("covey.cli.chat", "Talk to a model of the running mesh."),
     "run": ("covey.cli.run", "Run a Python file of yours against the mesh."),
+    "cache": ("covey.cli.cache", "Look into the semantic cache, void, warm and export it."),
     "init": ("covey.cli.init", "Write the secrets and configuration of a deployment."),
     "bench": ("covey.cli.bench", "Measure the mesh."),
     "codebook": ("covey.cli.codebook", "Train the codebook of a model, for a store that keeps four bits a number."),

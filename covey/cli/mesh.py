@@ -106,6 +106,12 @@ class Mesh:
     def flow(self) -> str:
         return self.children["agentflow-0"].addresses["grpc"]
 
+    @property
+    def semcache(self) -> str:
+        """Of the semantic cache; empty when the mesh has none."""
+        child = self.children.get("semcache-0")
+        return child.addresses.get("grpc", "") if child is not None else ""
+
     async def start(self, tasks: TaskGroup) -> None:
         """Start all children at once and wait until the gateway has a worker for every model.
 

@@ -144,6 +144,8 @@ def publish(mesh: Mesh) -> Endpoints:
         flow=mesh.flow,
         api_key_file=str(files.api_key_file),
         models=[*mesh.plan.models, *mesh.plan.remotes],
+        semcache=mesh.semcache,
+        mesh_token_file=str(files.mesh_token_file),
     )
     write_endpoints(files.run_dir, endpoints)
     return endpoints

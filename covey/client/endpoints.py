@@ -22,6 +22,9 @@ class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
     flow: str
     api_key_file: str
     models: list[str]
+    semcache: str = ""
+    """Of the semantic cache, for `covey cache`; it asks for the mesh token."""
+    mesh_token_file: str = ""
 
     def api_key(self) -> str:
         """The local tenant's key."""
