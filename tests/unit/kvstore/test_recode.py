@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -13,7 +14,6 @@ import pytest
 
 from covey.codec.methods import KvStore
 from covey.compression import Codebook, Codec, Fp16, Int8, Pq4, decode, encode
-from covey.errors import InvalidArgument, LayoutMismatch
 from covey.net.kv import KvClient
 from covey.net.rpc import Channel, Channels
 from covey.types.common import Empty
@@ -268,6 +268,24 @@ async def test_a_cancelled_task_leaves_every_block_in_one_version_and_nothing_he
         process.stop()
 
 
+async def test_a_full_arena_is_recoded_as_the_policy_of_its_tier_says(tmp_path: Path) -> None:
+    sets = ("codecs.memory=INT8", "codecs.memory_above=0", "codecs.memory_every_s=0.05", "codecs.tenants.u=RAW")
+    with store_process(tmp_path, *sets) as process:
+        async with clients(process, BlockCodec.INT8) as (exact, lossy, _):
+            kept = replace(place(), tenant=TenantId("u"))
+            kept_names, kept_data = await stored(exact, kept, 3)
+            key = place()
+            names, data = await stored(exact, key, 3)
+            with anyio.fail_after(10):
+                while len(await read(exact, key, names)) > 0:
+                    await anyio.sleep(0.02)
+            expected = [*(through(BlockCodec.INT8, each) for each in data[:2]), data[2]]
+            with anyio.fail_after(10):
+                while await read(lossy, key, names) != expected:
+                    await anyio.sleep(0.02)
+            assert await read(exact, kept, kept_names) == kept_data, "a tenant that is exempt"
+
+
 async def test_blocks_are_encoded_on_their_way_to_disk_and_come_up_in_that_codec(tmp_path: Path) -> None:
     with store_process(tmp_path, f"disk.path={tmp_path / 'disk'}", "codecs.disk=INT8") as process:
         async with clients(process, BlockCodec.INT8) as (exact, lossy, channel):
@@ -279,10 +297,3 @@ async def test_blocks_are_encoded_on_their_way_to_disk_and_come_up_in_that_codec
                 assert status.state is TaskState.DONE, status.why
             assert await read(exact, key, names) == []
             assert await read(lossy, key, names) == [through(BlockCodec.INT8, each) for each in data]
-
-
-def test_errors_of_codecs_are_typed() -> None:
-    with pytest.raises(LayoutMismatch):
-        encode(Int8(), bytes(WIDE.size_bytes), WIDE)
-    with pytest.raises(InvalidArgument):
-        encode(Int8(), bytes(8), SHAPE)
