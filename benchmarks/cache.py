@@ -27,7 +27,7 @@ from covey.policy.reuse_learning import Learnt
 from covey.testing import VirtualClock
 from services.semcache.minilm import PACKAGED, find_model
 
-QUICK_QUESTIONS = 1500
+QUICK_QUESTIONS = 2500
 EXAMPLES = 32
 DIALOGUES = "cast"
 DEFAULTS = {"gptcache": 0.6, "redisvl": 0.9}
@@ -165,10 +165,11 @@ class CacheBench:
                 cache_ours.play, one.name, one.measure, policies, self._vectors.vector,
                 dim=self._vectors.dim, clock=clock, versions=versions,
             )  # fmt: skip
-            self.figures.stale("covey", one.name, anyio.run(play).stale)
+            ours = anyio.run(play)
+            self.figures.stale("covey", one.name, ours.outcomes, ours.stale)
             for system, ttl, slides in (("redisvl-rule", float(TTL), True), ("gptcache-rule", math.inf, False)):
-                _, stale = cache_rules.play_ageing(stream, tau, versions, ttl=ttl, slides=slides)
-                self.figures.stale(system, one.name, stale)
+                outcomes, stale = cache_rules.play_ageing(stream, tau, versions, ttl=ttl, slides=slides)
+                self.figures.stale(system, one.name, outcomes, stale)
             self._progress.advance(task)
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:

@@ -50,7 +50,7 @@ class Figures:
         self.played: dict[System, dict[str, Played]] = {}
         self.notes: list[str] = []
         self._dialogues = dialogues
-        self._stale: dict[str, dict[str, int]] = {}
+        self._stale: dict[str, dict[str, tuple[int, int]]] = {}
         self._last: dict[str, Outcomes] = {}
         self._single: Best | None = None
 
@@ -72,9 +72,10 @@ class Figures:
         """Take a system's streams."""
         self.played[system] = dict(played)
 
-    def stale(self, system: str, name: str, count: int) -> None:
-        """Take a system's stale hits in one set."""
-        self._stale.setdefault(system, {})[name] = count
+    def stale(self, system: str, name: str, outcomes: Outcomes, count: int) -> None:
+        """Take a system's stale hits in one set, and its other hits while answers changed."""
+        hits = int((outcomes == RIGHT).sum()) + int((outcomes == FALSE).sum()) + count
+        self._stale.setdefault(system, {})[name] = (count, hits)
 
     def last_message(self, system: str, outcomes: Outcomes) -> None:
         """Take what last-message keys give in dialogues at a threshold."""
@@ -96,9 +97,12 @@ class Figures:
         for word, outcomes in self._last.items():
             _hits(report, self._dialogues, word, outcomes)
         for word, counts in self._stale.items():
-            for name, count in counts.items():
+            for name, (count, _) in counts.items():
                 report.rows.append(_share(name, word, "stale_hits", count, self.asked[name]))
-            report.rows.append(_share(ALL, word, "stale_hits", sum(counts.values()), sum(self.asked.values())))
+            stale, hits = (sum(found) for found in zip(*counts.values(), strict=True))
+            report.rows.append(_share(ALL, word, "stale_hits", stale, sum(self.asked.values())))
+            if hits:
+                report.rows.append(_share(ALL, word, "stale_of_100_hits", stale, hits))
         self._ratios(report)
 
     def _ratios(self, report: Report) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -16,7 +15,6 @@ import structlog
 from benchmarks.cache_rules import Outcomes, VectorOf
 from benchmarks.cache_sets import Question
 from benchmarks.drivers.questions import FALSE, MISS, RIGHT
-from benchmarks.memory import pss_bytes
 from covey.actor import Restart, supervise
 from covey.clock import Clock, MonotonicClock
 from covey.policy.break_even import BreakEvenConfig
@@ -51,7 +49,11 @@ UNACCOUNTED = AccountsConfig(break_even=BreakEvenConfig(lookups_min=1 << 60))
 
 @dataclass(slots=True)
 class Played:
-    """What came of each question, and how long the look-ups took (encoding apart)."""
+    """What came of each question, and how long the look-ups took (encoding apart).
+
+    `memory_bytes` is what our quotas account for all entries, documents and vectors included; of a peer, what its process
+    (and its server) grew by.
+    """
 
     outcomes: Outcomes
     lookup_s: list[float] = field(default_factory=list)
@@ -154,13 +156,12 @@ async def play(
         upkeep = Upkeep(library, embedder, metrics, MonotonicClock(), every_s=config.sweep_s)
         async with anyio.create_task_group() as tg:
             tg.start_soon(upkeep.run)
-            before = pss_bytes(os.getpid())
             for index, question in enumerate(questions):
                 version = versions[index] if versions else 0
                 await _ask(cache, embedder, "" if examples is not None else category, question, index, version, played)
                 if versions:
                     await _advance(clock)
-            played.memory_bytes = max(0, pss_bytes(os.getpid()) - before)
+            played.memory_bytes = library.store.size_bytes
             tg.cancel_scope.cancel()
     return played
 

@@ -13,6 +13,7 @@ import gzip
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from covey.policy.reuse_guard import FUNCTION_WORDS
 QQP_QUESTIONS = 12_000
 """Questions of the QQP file that are used, whole components at a time; all 44,769 would only take longer."""
 SEED = 20_251_029
+FEW = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +50,23 @@ class QuestionSet:
     measure: tuple[Question, ...]
 
     def head(self, most: int) -> QuestionSet:
-        """The same set with at most so many questions in each half."""
-        return QuestionSet(name=self.name, learn=self.learn[:most], measure=self.measure[:most])
+        """The same set with about `most` questions in each half: whole dialogues, and all that are equal or none."""
+        if any(question.turns for question in self.measure):
+            return self
+        return QuestionSet(name=self.name, learn=_some(self.learn, most), measure=_some(self.measure, most))
+
+
+def _some(questions: tuple[Question, ...], most: int) -> tuple[Question, ...]:
+    answers = Counter(question.answer for question in questions)
+    if len(answers) * FEW < len(questions):  # intents: each has many questions, and a part of them is as good
+        return questions[:most]
+    kept: set[int] = set()
+    count = 0
+    for question in questions:
+        if question.answer not in kept and count < most:
+            kept.add(question.answer)
+            count += answers[question.answer]
+    return tuple(question for question in questions if question.answer in kept)
 
 
 class Components:

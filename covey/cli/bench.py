@@ -116,7 +116,7 @@ def precision(quick: bool, data: Path | None, target: str | None, model: str) ->
 
 @bench.command()
 @click.option("--peers", is_flag=True, help="Measure those that `make peers` has set up, too.")
-@click.option("--quick", is_flag=True, help="Fifteen hundred questions of each half: end within five minutes.")
+@click.option("--quick", is_flag=True, help="2,500 questions of each half of a set: end within five minutes.")
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Public data; $COVEY_DATA.")
 @click.option("--json", "target", help="Write the result here; - for standard output.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), default=Path(".bench"), show_default=True)

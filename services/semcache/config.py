@@ -7,25 +7,54 @@ from dataclasses import replace
 import msgspec
 
 from covey.config import CommonConfig
-from covey.policy.reuse import DEFAULT_CATEGORIES, CategoryPolicy, ReuseMode
+from covey.policy.break_even import BreakEvenConfig
+from covey.policy.relaxation import RelaxationConfig
+from covey.policy.reuse import DEFAULT_CATEGORIES, CategoryPolicy, ReuseMode, ReuseScope
+from covey.policy.reuse_guard import ALL_CHECKS, Check
 
+from .accounts import AccountsConfig
 from .minilm import PACKAGED
 
 EXAMPLES_MAX = 256
+NEVER = 1 << 62
+PLAIN = (
+    "mode",
+    "tau",
+    "tau_min",
+    "d_tau",
+    "ttl_s",
+    "ttl_max_s",
+    "beta",
+    "quota_entries",
+    "quota_bytes",
+    "scope",
+    "delta",
+    "false_hits_max",
+)
+"""Settings of a category that are fields of its policy as they are."""
 
 
 class CategoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[semcache.categories.NAME]`: a new category, or what differs from a default one of that name.
 
     `examples` are requests of this category; with some in any category, requests that name no category are
-    classified. `mode = "semantic"` is what switches semantic reuse on: no default category has it.
+    classified. `mode = "semantic"` is what switches semantic reuse on: no default category has it. `guard` is true,
+    false, or a list of what must agree: numbers, quoted, paths, negation, opposites, order.
     """
 
     mode: ReuseMode | None = None
     tau: float | None = None
+    tau_min: float | None = None
+    d_tau: float | None = None
     ttl_s: float | None = None
+    ttl_max_s: float | None = None
+    beta: float | None = None
     quota_entries: int | None = None
-    guard: bool | None = None
+    quota_bytes: int | None = None
+    guard: bool | tuple[Check, ...] | None = None
+    scope: ReuseScope | None = None
+    delta: float | None = None
+    false_hits_max: float | None = None
     examples: tuple[str, ...] = ()
 
 
@@ -70,6 +99,17 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Requests that wait for one other; more compute their answers themselves."""
     flight_lease_s: float = 60.0
     """A request that others wait for is given up when it has not answered for so long."""
+    learnt: str = ""
+    """A file of learnt decisions, as `python -m services.semcache.calibrate` writes it."""
+    judge_share: float = 0.02
+    """Share of the semantic hits that a judge, where there is one, looks at in the background."""
+    pays_after: int = 200
+    """Semantic look-ups of a category before it is asked whether they pay for themselves; 0 never asks."""
+    load_low: float = 0.5
+    """Queue wait over objective of the model from which thresholds relax."""
+    load_high: float = 1.5
+    """The same where they are relaxed in full."""
+    load_smooth_s: float = 10.0
     categories: dict[str, CategoryConfig] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,17 +142,33 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError("classify_floor must lie between -1 and 1")
         if any(len(category.examples) > EXAMPLES_MAX for category in self.categories.values()):
             raise ValueError(f"categories: at most {EXAMPLES_MAX} examples each")
+        if not 0.0 <= self.judge_share <= 1.0:
+            raise ValueError("judge_share must lie between 0 and 1")
+        if self.pays_after < 0:
+            raise ValueError("pays_after must not be negative")
         self.policies()
+        self.accounts()
+
+    def accounts(self) -> AccountsConfig:
+        """Return how accounts of the categories are kept; raises `ValueError`."""
+        return AccountsConfig(
+            judge_share=self.judge_share,
+            break_even=BreakEvenConfig(lookups_min=self.pays_after or NEVER),
+            relaxation=RelaxationConfig(load_low=self.load_low, load_high=self.load_high, smooth_s=self.load_smooth_s),
+        )
+
+    def guarded(self) -> frozenset[str]:
+        """Return the categories whose guard the configuration switches on, whatever else decides."""
+        return frozenset(name for name, category in self.categories.items() if category.guard)
 
     def policies(self) -> tuple[CategoryPolicy, ...]:
         """Return the default categories with what the configuration changes, and its own; raises `ValueError`."""
         policies = {category.name: category for category in DEFAULT_CATEGORIES}
         for name, settings in self.categories.items():
-            changes = {
-                field: value
-                for field in ("mode", "tau", "ttl_s", "quota_entries", "guard")
-                if (value := getattr(settings, field)) is not None
-            }
+            changes = {field: value for field in PLAIN if (value := getattr(settings, field)) is not None}
+            if settings.guard is not None:
+                changes["guard"] = bool(settings.guard)
+                changes["checks"] = ALL_CHECKS if settings.guard is True else frozenset(settings.guard or ())
             policies[name] = replace(policies.get(name) or CategoryPolicy(name=name), **changes)
         return tuple(policies.values())
 

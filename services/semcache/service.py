@@ -24,6 +24,7 @@ from .encoder import Embedder, Encode, Encoder, EncoderStatus
 from .finder import CacheLimits
 from .flights import open_flights
 from .learning import learn_categories
+from .learnt import read_learnt, with_models
 from .metrics import CacheMetrics
 from .minilm import PACKAGED, SentenceModel, find_model, fingerprint, verify
 from .servicer import SemCacheServicer
@@ -35,6 +36,10 @@ async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped; raises what `find_model` raises, at once, when the encoder is not there."""
     folder = find_model(config.encoder)
     model = PACKAGED if config.encoder == PACKAGED else folder.name
+    policies = config.policies()
+    if config.learnt:
+        models = await to_thread.run_sync(read_learnt, Path(config.learnt), model)
+        policies = with_models(policies, models, config.guarded())
     metrics = CacheMetrics(rt.metrics)
     status = EncoderStatus()
     async with (
@@ -55,7 +60,7 @@ async def serve(config: Config, rt: Runtime) -> None:
         embedder = Embedder(encoder, status, memo_max=config.memo_max)
         cache = AnswerCache(
             library,
-            ReusePolicy(config.policies()),
+            ReusePolicy(policies),
             embedder,
             classifies=bool(config.examples()),
             limits=CacheLimits(
