@@ -71,19 +71,22 @@ class Transfers:
         return len(chunk.data)
 
     async def verify(self, request: CommitRequest) -> None:
-        """Check blocks that came through here, once, before they are committed: a stream may have ended early.
+        """Check blocks that came through here, until they are good, before they are committed: a stream may have ended
+        early.
 
         Raises:
             DataCorrupt: what was written does not have the checksums that are to be committed.
             LeaseExpired, Fenced: the blocks are not the lease's to commit.
         """
         due = []
-        for block in request.blocks:
-            if self._streamed.pop((request.lease, block.hash), 0) is None:
-                slot = self._store.index.writable(request.lease, block.hash, self._clock.now(), tenant=request.tenant)
-                due.append((self._store.payload(slot), slot.shape, block.checksums))
+        streamed = [block for block in request.blocks if (request.lease, block.hash) in self._streamed]
+        for block in streamed:
+            slot = self._store.index.writable(request.lease, block.hash, self._clock.now(), tenant=request.tenant)
+            due.append((self._store.payload(slot), slot.shape, block.checksums))
         if due and not await to_thread.run_sync(_are_good, due):
             raise DataCorrupt("the bytes that were written do not have these checksums", field="blocks")
+        for block in streamed:
+            self._streamed.pop((request.lease, block.hash), None)
 
 
 def _are_good(blocks: Sequence[tuple[memoryview, BlockShape, tuple[int, ...]]]) -> bool:
