@@ -42,8 +42,10 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """The same in blocks, in place of `kv_bytes`."""
     threads: PositiveInt | None = None
     """Cores to use at most; engines on one host divide theirs by who is busy."""
-    kv_transport: Literal["auto", "grpc"] = "auto"
-    """How blocks travel: `auto` maps the arena of a store on this host, `grpc` never does."""
+    kv_transport: Literal["auto", "shm", "grpc", "tcp"] = "auto"
+    """How blocks travel: `auto` maps the arena of a store on this host, else takes its bulk TCP channel where it has
+    one, else gRPC; the others force one way.
+    """
     kv_codecs: tuple[Literal["FP16", "INT8", "PQ4"], ...] = ()
     """Lossy codecs that this worker takes blocks in; answers may then differ. Workers with other ones share no blocks
     with it: what is computed from such blocks is not exact either.
@@ -75,6 +77,11 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """
     ahead_bytes: Annotated[int, msgspec.Meta(ge=0)] = _LIMITS.ahead_bytes
     """Bytes of unfinished prompts on their way to the store at once; with 0 all is stored at hand-over."""
+    lend_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = _LIMITS.lend_share
+    """The share of the pool that other decode workers' long contexts may have; 0: none. On a CPU only."""
+    borrow_blocks: Annotated[int, msgspec.Meta(ge=0)] = _LIMITS.borrow_blocks
+    """Blocks of a context longer than the pool that other decode workers may keep; 0: none. On a CPU only."""
+    loan_ttl_s: Positive = _LIMITS.loan_ttl_s
     handover_ttl_s: Positive = _LIMITS.handover_ttl_s
     grace_s: NonNegative = _LIMITS.grace_s
     retain_max_s: NonNegative = _LIMITS.retain_max_s
@@ -109,6 +116,9 @@ class EngineConfig(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_onl
             kv_timeout_s=self.kv_timeout_s,
             loading=self.kv_loading,
             ahead_bytes=self.ahead_bytes,
+            lend_share=self.lend_share,
+            borrow_blocks=self.borrow_blocks,
+            loan_ttl_s=self.loan_ttl_s,
             handover_ttl_s=self.handover_ttl_s,
             grace_s=self.grace_s,
             retain_max_s=self.retain_max_s,

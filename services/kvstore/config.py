@@ -30,6 +30,7 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Where blocks travel over plain TCP, for clients on other hosts: by default any port beside `listen`; empty: over
     gRPC only."""
     bulk_connections_max: PositiveInt = 64
+    """More at a time are refused as overloaded."""
     bulk_stall_s: Positive = 30.0
     """How long a bulk connection may stand still in the middle of an exchange before it is closed."""
     capacity_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 1 << 30
