@@ -459,6 +459,8 @@ class TierStats:
     used_bytes: int = 0
     capacity_bytes: int = 0
     writable: bool = True
+    why: str = ""
+    """What is in the way of writing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -159,6 +159,7 @@ class DiskTier:
         return kv.TierStats(
             tier=self.kind, blocks=self.index.blocks, used_bytes=self.index.total_bytes,
             capacity_bytes=self._limits.capacity_bytes, writable=not self.why_read_only,
+            why=self.why_read_only,
         )  # fmt: skip
 
     @property

@@ -59,6 +59,7 @@ class RemoteTier:
         )
         self._calls = anyio.CapacityLimiter(limits.calls_max)
         self._known: dict[str, None] = {}
+        self._why = ""
 
     # -- the contract ------------------------------------------------------------
 
@@ -125,7 +126,8 @@ class RemoteTier:
             await self._call(lambda: self._engine.has(("covey/probe",)), self._limits.timeout_s)
 
     def stats(self) -> kv.TierStats:
-        return kv.TierStats(tier=self.kind, writable=self.is_up)
+        is_up = self.is_up
+        return kv.TierStats(tier=self.kind, writable=is_up, why="" if is_up else self._why)
 
     @property
     def index_bytes(self) -> int:
@@ -178,6 +180,7 @@ class RemoteTier:
             self._breaker.cancel(attempt)
             raise
         self.counts.failed += 1
+        self._why = why
         was_up = self.is_up
         self._breaker.fail(attempt, self._clock.now())
         if was_up and not self.is_up:

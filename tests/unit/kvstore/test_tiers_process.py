@@ -262,7 +262,8 @@ async def test_a_full_disk_is_told_and_heals_by_itself(tmp_path: Path, small_dis
             second, more, much = key(), chain(8), content(8)
             with pytest.raises(Unavailable, match="stored in memory"):
                 await write(channel, second, more, much)
-            assert not (await tier(channel, Tier.DISK)).writable
+            state = await tier(channel, Tier.DISK)
+            assert (state.writable, state.why) == (False, "the disk is full")
             reply = await look(channel, second, names(more))
             assert await read(channel, second, reply) == [bytes(each) for each in much], "memory is as it was"
             demote = kv.StartTask(
