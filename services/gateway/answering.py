@@ -199,6 +199,7 @@ class _Choice:
             model=self._model.name,
             revision=revision,
             seeded=self.job.params.seed is not None,
+            waited_s=max(0.0, self._clock.now() - self._last_at),
         )
 
     def take_flight(self) -> str:

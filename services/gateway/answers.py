@@ -13,10 +13,19 @@ from covey.clock import Clock
 from covey.codec.methods import SemCache
 from covey.errors import CoveyError, InvalidArgument
 from covey.net.rpc import Channels
+from covey.policy.dialogue import spell_out
 from covey.retry import Breaker
 from covey.types.generate import FinishReason, Role, Sampling
 from covey.types.program import CacheMode, CacheOutcome, Delta, Message
-from covey.types.semcache import VALUE_CHARS_MAX, AbandonRequest, CachedAnswer, CacheOffer, CacheQuery, CacheReply
+from covey.types.semcache import (
+    TURNS_MAX,
+    VALUE_CHARS_MAX,
+    AbandonRequest,
+    CachedAnswer,
+    CacheOffer,
+    CacheQuery,
+    CacheReply,
+)
 
 from .errands import Errands
 from .fleet import Fleet
@@ -25,6 +34,8 @@ from .job import Job, Prompt
 log = logging.getLogger(__name__)
 
 SEMANTIC_CHARS_MAX = 65_536
+QUEUE_OBJECTIVE_S = 1.0
+"""A request that waits so long for its turn counts as a load of 1."""
 JOIN_S = 0.01
 """A request leads the flight of its equals at once, or learns after so long that another one does."""
 PIECE_CHARS = 64
@@ -57,12 +68,14 @@ def query_for(
     model: str,
     revision: str,
     seeded: bool,
+    waited_s: float = 0.0,
 ) -> CacheQuery | None:
     """What to look for, or None when this request's answer cannot be kept. `model` is what serves it: a job may
-    name none.
+    name none. `waited_s` is how long it has waited for its turn: thresholds may relax with it.
 
     The exact key covers model, tokens and all that shapes the answer, and exists when the answer is determined: greedy
-    or with the caller's seed. The context key covers the same without the last user turn and the seed.
+    or with the caller's seed. The context key covers the same without the last user turn and the seed; in a dialogue
+    whose last turn the user's earlier ones explain, also without these and the answers to them: they go as `turns`.
     """
     if sampling.logprobs is not None:
         return None  # kept answers have none
@@ -74,7 +87,7 @@ def query_for(
     elif seeded:
         exact = _key("exact", shape, token_ids, sampling.seed)
     is_free = not grammar and not prompt.tools  # else the last turn does not say all that was asked
-    text, context = _last_turn(prompt.messages) if is_free else ("", ())
+    text, context, turns = _last_turn(prompt.messages) if is_free else ("", (), ())
     if not exact and not text:
         return None
     return CacheQuery(
@@ -83,6 +96,8 @@ def query_for(
         exact_key=exact,
         context_key=_key("context", shape, context) if text else b"",
         text=text,
+        turns=turns,
+        load=waited_s / QUEUE_OBJECTIVE_S,
         max_age_s=job.max_age_s,
     )
 
@@ -214,11 +229,22 @@ def pieces(index: int, answer: CachedAnswer) -> Iterator[Delta]:
         yield Delta(index=index, text=answer.text[start : start + PIECE_CHARS], ids=answer.ids if is_last else ())
 
 
-def _last_turn(messages: tuple[Message, ...]) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The last user turn and what came before it; no text when the conversation does not end with a short user turn."""
+def _last_turn(messages: tuple[Message, ...]) -> tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """The last user turn, the context that it needs as it is, and the user's turns before it that explain it.
+
+    No text when the conversation does not end with a short user turn.
+    """
     if not messages or messages[-1].role != "user" or len(messages[-1].content) > SEMANTIC_CHARS_MAX:
-        return "", ()
-    return messages[-1].content, tuple((m.role, m.content) for m in messages[:-1])
+        return "", (), ()
+    text, before = messages[-1].content, messages[:-1]
+    whole = tuple((m.role, m.content) for m in before)
+    said = tuple(m.content for m in before if m.role == "user")
+    if not said or len(said) > TURNS_MAX or sum(map(len, said)) > SEMANTIC_CHARS_MAX:
+        return text, whole, ()
+    if not spell_out(text, said).resolved:
+        return text, whole, ()
+    rest = tuple((m.role, m.content) for m in before if m.role not in ("user", "assistant"))
+    return text, rest, said
 
 
 def _key(kind: str, *parts: object) -> bytes:
