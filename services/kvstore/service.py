@@ -67,11 +67,12 @@ async def serve(config: Config, rt: Runtime) -> None:
                 if mesh is not None:
                     handlers |= mesh.handlers()
                 opened = open_tiers(
-                    store, actor, disk=config.disk, remote=config.remote, move=config.move, clock=rt.clock, rng=rt.rng,
-                    encoders=encoders(codecs, config.codecs.policy()),
+                    store, actor, disk=config.disk, remote=config.remote, move=config.move, worker=config.worker,
+                    clock=rt.clock, rng=rt.rng, encoders=encoders(codecs, config.codecs.policy()),
                 )  # fmt: skip
                 tiers = await stack.enter_async_context(opened)
                 handlers |= tiers.handlers()
+                handlers[TaskKind.SCRUB] = tiers.scrub_after(scrubber.scrub)
                 rt.metrics.sampled("kvstore_tier", "State and counts of each tier.", ["tier", "what"], tiers.metrics)
                 tasks = await stack.enter_async_context(_tasks(handlers))
                 await stack.enter_async_context(recoder.running())
@@ -93,6 +94,7 @@ async def serve(config: Config, rt: Runtime) -> None:
                 await rt.until_stopped()
                 if mesh is not None:
                     rt.log.info("left", blocks=await mesh.leave())
+                rt.log.info("kept below", blocks=await tiers.save(config.drain_s / 2))
                 store.log.close()
 
 

@@ -23,7 +23,8 @@ class DiskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The disk of this node."""
 
     path: str = ""
-    """A directory of its own for this node's blocks; empty: none are kept on disk."""
+    """A directory for blocks, where each node that has a name (`worker`) takes one of its own; empty: none are kept on
+    disk."""
     capacity_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 16 << 30
     segment_bytes: Annotated[int, msgspec.Meta(ge=1 << 16)] = 64 << 20
     """Room is made by giving up whole segments: the smaller, the less goes at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -32,15 +33,18 @@ from .tiers import Tiers
 @asynccontextmanager
 async def open_tiers(
     store: Store, actor: Ref[Command[object]], *, disk: DiskConfig, remote: RemoteConfig, move: MoveConfig,
-    clock: Clock, rng: Random, encoders: Mapping[kv.Tier, Encoder] | None = None,
+    worker: str, clock: Clock, rng: Random, encoders: Mapping[kv.Tier, Encoder] | None = None,
 ) -> AsyncIterator[Tiers]:  # fmt: skip
-    """Own the tiers of a store for a block, none if none are configured. Raises `ConfigError`."""
+    """Own the tiers of a store for a block, none if none are configured; `worker` is the name that a restart keeps.
+
+    Raises `ConfigError`.
+    """
     policy = Tiering(move.policy())
     memory = Memory(store, actor)
     async with AsyncExitStack() as stack:
         tiers: list[Tier] = []
         if disk.path:
-            opened = DiskTier.open(Path(disk.path), disk.limits(), clock=clock, seed=rng.getrandbits(63))
+            opened = DiskTier.open(_directory(disk.path, worker), disk.limits(), clock=clock, seed=rng.getrandbits(63))
             tiers.append(await stack.enter_async_context(opened))
         if remote.url:
             limits = remote.limits()
@@ -60,6 +64,11 @@ async def open_tiers(
                 memory=memory, below=below, promotion=promotion, demotion=demotion, mover=mover, policy=policy
             )  # fmt: skip
             tg.cancel_scope.cancel()
+
+
+def _directory(path: str, worker: str) -> Path:
+    """Nodes of one configuration differ by name, and so do their directories."""
+    return Path(path) / re.sub(r"[^A-Za-z0-9_-]", "_", worker) if worker else Path(path)
 
 
 def _secret(path: str | None) -> str | None:

@@ -51,6 +51,16 @@ class Tiers:
 
         Takes at most `within_s`. The lease of `reply` is released when a better one takes its place.
         """
+        try:
+            return await self._look_below(request, reply, again, within_s)
+        except BaseException:  # whoever asked has gone, and nobody else will release it
+            if reply.lease is not None:
+                await self._memory.release(request.tenant, reply.lease)
+            raise
+
+    async def _look_below(
+        self, request: kv.LookupRequest, reply: kv.LookupReply, again: LookUp, within_s: float
+    ) -> kv.LookupReply:
         missing = request.hashes[len(reply.blocks) :]
         codecs = (kv.BlockCodec.RAW, *request.codecs)
         cold = await self.below.prefix(request.namespace, missing, codecs) if missing else Cold()
@@ -102,6 +112,15 @@ class Tiers:
             if not await self._demotion.copy_down(namespace, name, durable=True):
                 raise Unavailable("stored in memory, but no tier below takes it now", field="ack", retry_after_ms=1000)
 
+    async def save(self, within_s: float) -> int:
+        """Copy down as much of memory as that time allows, for the next life of this node; returns how many blocks."""
+        saved = 0
+        with anyio.move_on_after(within_s if self.below.tiers else 0):
+            for namespace, hashes in await self._memory.all_of(NamespaceId(b"")):
+                for name in hashes:
+                    saved += await self._demotion.copy_down(namespace, name)
+        return saved
+
     # -- tasks -------------------------------------------------------------------
 
     async def prefetch(self, task: kv.StartTask, progress: Progress) -> str:
@@ -117,6 +136,20 @@ class Tiers:
             came += flight.arrived
             progress.step(flight.arrived)
         return f"{there} blocks were in memory, {came} of {cold.blocks} came up"
+
+    def scrub_after(self, memory: Handler) -> Handler:
+        """Return a handler that scrubs memory, then, if no blocks are named, all tiers that this node answers for."""
+
+        async def scrub(task: kv.StartTask, progress: Progress) -> str:
+            found = await memory(task, progress)
+            if task.hashes or task.namespace:
+                return found
+            for tier in self.below.tiers:
+                progress.expect(progress.total + tier.stats().blocks)
+                found += f"; {tier.kind}: {await tier.scrub(progress.step)} bad"
+            return found
+
+        return scrub
 
     async def demote(self, task: kv.StartTask, progress: Progress) -> str:
         """Copy blocks down and let them go from memory, unless somebody needs them there; all, if none are named.

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from covey.codec.methods import KvStore
@@ -170,13 +171,52 @@ async def test_what_eviction_would_take_was_copied_down_before(tmp_path: Path) -
             assert (await stats(channel)).quarantined == 0
 
 
+async def test_a_node_that_is_told_to_stop_keeps_what_it_has(store: StoreProcess) -> None:
+    where, blocks, data = key(), chain(5), content(5)
+    async with connected(store) as (client, _):
+        await (await put(client, where, blocks, data)).release()
+    store.stop()
+    store.start()
+    async with connected(store) as (client, _):
+        held = await client.lookup(where, names(blocks), owner="o", ttl_s=5)
+        into = buffers(5)
+        assert await client.load(held, into) == 5, "a client waits for what comes up"
+        assert into == data
+        await held.release()
+
+
+async def test_watchers_hear_what_moved_and_what_came_back(store: StoreProcess) -> None:
+    where, blocks = key(), chain(3)
+    async with connected(store) as (_, channel):
+        await write(channel, where, blocks, content(3))
+        seen: list[kv.KvEventKind] = []
+
+        async def watch() -> None:
+            async with channel.stream(KvStore.WATCH, kv.WatchKvRequest(), timeout_s=None) as events:
+                async for event in events:
+                    seen.append(event.kind)
+
+        fields: dict[str, Any] = {
+            "tenant": where.tenant, "namespace": where.namespace, "hashes": tuple(names(blocks)),
+        }  # fmt: skip
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(watch)
+            await assert_eventually(lambda: len(seen) >= 2)
+            seen.clear()
+            await done(channel, kv.StartTask(kind=kv.TaskKind.DEMOTE, **fields))
+            await done(channel, kv.StartTask(kind=kv.TaskKind.PREFETCH, **fields))
+            await assert_eventually(lambda: len(seen) >= 2)
+            tg.cancel_scope.cancel()
+        assert seen == [kv.KvEventKind.MOVED, kv.KvEventKind.STORED]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("damage", ["bit", "truncated", "swapped files"])
 async def test_damage_on_disk_is_a_quarantined_miss(store: StoreProcess, tmp_path: Path, damage: str) -> None:
     where, blocks, data = key(), chain(20), content(20)
     async with connected(store) as (_, channel):
         await write(channel, where, blocks, data)
-    files = sorted((tmp_path / "tier").glob("*.kv"))
+    files = sorted((tmp_path / "tier" / "kv-0").glob("*.kv"))
     assert len(files) >= 2
     if damage == "swapped files":
         store.kill()
@@ -212,6 +252,8 @@ async def test_prefetch_and_demote_move_chains(store: StoreProcess) -> None:
         status = await done(channel, kv.StartTask(kind=kv.TaskKind.DEMOTE, **fields))
         assert (status.state, status.done) == (kv.TaskState.DONE, 6), status.why
         assert ((await stats(channel)).blocks, (await tier(channel, Tier.DISK)).blocks) == (0, 6)
+        scrub = await done(channel, kv.StartTask(kind=kv.TaskKind.SCRUB))
+        assert (scrub.state, scrub.done) == (kv.TaskState.DONE, 6), scrub.why
         status = await done(channel, kv.StartTask(kind=kv.TaskKind.PREFETCH, **fields))
         assert (status.state, status.done, status.total) == (kv.TaskState.DONE, 6, 6), status.why
         reply = await look(channel, where, names(blocks))
