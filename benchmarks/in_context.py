@@ -17,7 +17,6 @@ from covey.policy.model_choice import Arm, ModelChoice, ModelChoiceConfig
 from covey.policy.request_features import FEATURES, Outcome, request_features
 from services.semcache.vectors import Vectors
 
-
 NEIGHBOURS = 20
 RESAMPLES = 500
 SPLITS = 5
@@ -65,7 +64,7 @@ def _measure_set(report: Report, pairs: PairSet, vector_of: VectorOf, *, splits:
                     lo=float(low),
                     hi=float(high),
                     n=len(pairs.pairs),
-                )  # fmt: skip
+                )
             )
     for system in ("random", "similarity"):
         report.ratios[f"area/{pairs.name}/{system}"] = float(
@@ -98,10 +97,10 @@ def _held_out(pairs: Sequence[Pair], vector_of: VectorOf, rng: Random) -> _HeldO
         learnt.add(pair.text, earned)
     rest = usable[half:]
     held = _HeldOut(rest)
-    features = [learnt.features(pair.text) for pair in rest]
+    contexts = [learnt.features(pair.text) for pair in rest]
     held.orders = {
-        "covey": np.array([choice.reward(x, "large") - choice.reward(x, "small") for x in features]),
-        "similarity": np.array([-x[4] for x in features]),
+        "covey": np.array([choice.reward(x, "large") - choice.reward(x, "small") for x in contexts]),
+        "similarity": np.array([-x[4] for x in contexts]),
         "random": np.array([rng.random() for _ in rest]),
     }
     return held
