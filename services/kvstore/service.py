@@ -55,11 +55,9 @@ async def serve(config: Config, rt: Runtime) -> None:
         )
         async with supervise(grace_s=config.drain_s) as actors:
             actor = actors.start(lambda: StoreActor(store, rt.clock), name="store", capacity=INBOX_CAPACITY)
-            handlers: dict[TaskKind, Handler] = {}  # each kind of task registers its own
             recoder = Recoder(store, actor, codecs, config.codecs)
-            handlers[TaskKind.RECODE] = recoder.recode
             scrubber = Scrubber(store, actor, bytes_per_s=config.scrub_bytes_per_s)
-            handlers[TaskKind.SCRUB] = scrubber.scrub
+            handlers: dict[TaskKind, Handler] = {TaskKind.RECODE: recoder.recode}  # each kind has its own
             transfers = Transfers(store, rt.clock)
             bulk = BulkServer(transfers, partial(condemn, actor), token=rt.mesh_token, limits=config.bulk_limits())
             async with AsyncExitStack() as stack:
