@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from covey.errors import Overloaded
 from covey.types.ids import TenantId
+
+
+QUOTAS_MAX = 65_536
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +65,9 @@ class TenantLedger:
         self._settle(account)
 
     def set_quota(self, tenant: TenantId, quota_bytes: int) -> None:
+        """Bound a tenant. Raises `Overloaded` when too many tenants have a bound of their own."""
+        if tenant not in self._quotas and len(self._quotas) >= QUOTAS_MAX:
+            raise Overloaded("too many tenants have a quota of their own")
         self._quotas[tenant] = quota_bytes
         if tenant in self._accounts:
             account = self._accounts[tenant]

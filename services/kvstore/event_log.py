@@ -18,15 +18,21 @@ EVENT_HASHES_MAX = 4096
 """Keeps an event far below what NATS carries."""
 
 
+HASHES_KEPT_MAX = 262_144
+"""Names in all events that are kept, about 16 MiB: one event may name thousands."""
+
+
 class EventLog:
-    """The last `kept` events. A watcher that lags further behind starts again from a snapshot."""
+    """The last `kept` events, fewer when they are long. A watcher that lags further starts again from a snapshot."""
 
     def __init__(self, *, worker: WorkerId, epoch: int, kept: int) -> None:
         self.worker = worker
         self.epoch = epoch
         self.seq = 0
         self.closed = False
-        self._events: deque[KvEvent] = deque(maxlen=kept)
+        self._events: deque[KvEvent] = deque()
+        self._kept = kept
+        self._hashes = 0
         self._changed = anyio.Event()
 
     def append(self, changes: Iterable[IndexChange]) -> None:
@@ -34,7 +40,7 @@ class EventLog:
         for change in changes:
             for start in range(0, len(change.hashes), EVENT_HASHES_MAX):
                 self.seq += 1
-                self._events.append(
+                self._keep(
                     KvEvent(
                         epoch=self.epoch,
                         seq=self.seq,
@@ -76,6 +82,12 @@ class EventLog:
         """End all watches: the store is stopping."""
         self.closed = True
         self._wake()
+
+    def _keep(self, event: KvEvent) -> None:
+        self._events.append(event)
+        self._hashes += len(event.hashes)
+        while len(self._events) > self._kept or self._hashes > HASHES_KEPT_MAX:
+            self._hashes -= len(self._events.popleft().hashes)
 
     def _wake(self) -> None:
         self._changed.set()

@@ -88,8 +88,8 @@ def lookup(
     )
 
 
-def release(index: StoreIndex, lease: LeaseGrant, now: float = 0.0) -> None:
-    index.release(LeaseRequest(tenant=T, lease=lease.lease, epoch=lease.epoch), now)
+def release(index: StoreIndex, lease: LeaseGrant, now: float = 0.0, *, tenant: TenantId = T) -> None:
+    index.release(LeaseRequest(tenant=tenant, lease=lease.lease, epoch=lease.epoch), now)
 
 
 def pin(

@@ -17,10 +17,13 @@ from covey.errors import (
     Miss,
     NoSpace,
     Overloaded,
+    QuotaExceeded,
 )
 from covey.policy.arena import Arena
+from covey.policy.retention import ReuseValue
+from covey.policy.rights import STORE
 from covey.policy.store_index import StoreIndex, StoreLimits
-from covey.types.ids import BlockHash, LeaseId, NamespaceId
+from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
 from covey.types.kv import (
     BlockKey,
     GrantStatus,
@@ -28,10 +31,15 @@ from covey.types.kv import (
     LeaseGrant,
     PinKind,
     QuarantineRequest,
+    QuotaRequest,
     RenewRequest,
 )
 
 from .index_calls import CHAINS, M, N, T, commit, keys, lookup, pin, release, reserve
+
+
+def lookup_names(index: StoreIndex, ns: NamespaceId, hashes: list[BlockHash]) -> list[BlockHash]:
+    return [slot.location.hash for slot in index.visible(ns, hashes)]
 
 
 @dataclass
@@ -53,7 +61,11 @@ class IndexMachine(RuleBasedStateMachine):
         self.index = StoreIndex(
             arena=Arena(16 * 4096 * 4), epoch=7, name="s",
             limits=StoreLimits(leases_max=24, cooling_s=2.0, pinned_share=0.5, lease_cap_s=30.0),
+            retention=ReuseValue(horizon_s=10.0),
         )  # fmt: skip
+        self.quota_bytes = 0
+        self.allowed_bytes = 0
+        """What the tenant may use: its quota, or what it used when that was lowered."""
         self.rights: dict[LeaseId, Right] = {}
         self.bad: set[tuple[NamespaceId, BlockHash]] = set()
         self.visible: dict[NamespaceId, set[BlockHash]] = {N: set(), M: set()}
@@ -78,6 +90,10 @@ class IndexMachine(RuleBasedStateMachine):
             reply = reserve(
                 self.index, self.chain(chain, stop, private=private), self.now, ns=ns, private=private, ttl_s=ttl
             )
+        except QuotaExceeded:
+            assert self.quota_bytes
+            assert self.index.stats().reserved_blocks == before.reserved_blocks
+            return
         except (NoSpace, Overloaded):
             assert self.index.stats().reserved_blocks == before.reserved_blocks
             return
@@ -141,6 +157,37 @@ class IndexMachine(RuleBasedStateMachine):
         grant = self.index.renew(RenewRequest(tenant=T, lease=lease, epoch=7, done=done, ttl_s=5.0), self.now)
         self.rights[lease].ends = self.now + grant.ttl_s
 
+    @rule(blocks=st.sampled_from([0, 4, 8, 14]))
+    def set_quota(self, blocks: int) -> None:
+        told = self.index.quota(QuotaRequest(tenant=T, quota_bytes=blocks * 4 * 4096))
+        self.quota_bytes = told.quota_bytes
+        self.allowed_bytes = max(told.quota_bytes, told.used_bytes)
+
+    @rule(chain=st.integers(0, 2), stop=st.integers(1, 8), ns=st.sampled_from([N, M]))
+    def keep(self, chain: int, stop: int, ns: NamespaceId) -> None:
+        """The store holds blocks for itself, which is no use of them."""
+        cold = [slot.location for slot in self.index.coldest(1, self.now)]
+        try:
+            kept = self.index.keep(ns, CHAINS[chain][:stop], owner="mover", ttl_s=2.0, now=self.now)
+        except Overloaded:
+            return
+        if kept is None:
+            assert not lookup_names(self.index, ns, CHAINS[chain][:stop])
+            return
+        grant, slots = kept
+        assert {slot.location.hash for slot in slots} <= set(CHAINS[chain][:stop])
+        release(self.index, grant, self.now, tenant=STORE)
+        assert [slot.location for slot in self.index.coldest(1, self.now)] == cold
+
+    @precondition(lambda self: bool(self.rights))
+    @rule(data=st.data())
+    def another_tenant_asks(self, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(sorted(self.rights)))
+        with pytest.raises(LeaseExpired):
+            release(self.index, LeaseGrant(lease=lease, epoch=7, ttl_s=1.0), self.now, tenant=TenantId("u"))
+        with pytest.raises(LeaseExpired):
+            self.index.locate(lease, (), self.now, tenant=TenantId("u"))
+
     @rule(chain=st.integers(0, 2), i=st.integers(0, 7))
     def quarantine(self, chain: int, i: int) -> None:
         name = CHAINS[chain][i]
@@ -173,6 +220,13 @@ class IndexMachine(RuleBasedStateMachine):
                 continue
             placed = self.index.locate(lease, tuple(right.blocks), self.now)
             assert {p.location.hash for p in placed} == right.blocks
+
+    @invariant()
+    def a_tenant_stays_within_its_quota(self) -> None:
+        told = self.index.quota(QuotaRequest(tenant=T))
+        if self.quota_bytes:
+            assert told.used_bytes <= self.allowed_bytes
+            self.allowed_bytes = max(self.quota_bytes, told.used_bytes)
 
     @invariant()
     def private_blocks_are_not_shown(self) -> None:
