@@ -19,12 +19,13 @@ from covey.errors import CoveyError, InvalidArgument, LeaseExpired, PayloadTooLa
 from covey.model.runner import TorchRunner, open_runner
 from covey.model.tokenizer import Tokenizer, open_tokenizer
 from covey.net.kv import KvClient, KvClientConfig, StoreNode
-from covey.net.rpc import Channel, Channels
+from covey.net.rpc import Channels
 from covey.types.common import Empty
 from covey.types.generate import GenerateRequest, Handover, Role
 from covey.types.ids import BlockHash, LeaseId, WorkerId
 from covey.types.kv import CHUNK_BYTES_MAX, BlockShape, LookupRequest, WriteChunk
 from tests.contract.kv_stores import BOOT_ID, StoreProcess, store_process
+from tests.support.detour import Detour
 from tests.support.engines import collect, is_whole, plain, request_of, running_engine
 from tests.support.kv_mesh import TENANT, chain_of
 from tests.support.proxy import Fault, Proxy, proxy_to
@@ -58,30 +59,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
     with store_process(tmp_path_factory.mktemp("kvstore"), "capacity_bytes=134217728") as process:
         yield process
-
-
-class Detour:
-    """Channels whose node says that its bulk channel is where the proxy listens."""
-
-    def __init__(self, channels: Channels, bulk: str) -> None:
-        self._channels = channels
-        self._bulk = bulk
-
-    def to(self, address: str) -> Any:
-        return _Detoured(self._channels.to(address), self._bulk)
-
-
-class _Detoured:
-    def __init__(self, channel: Channel, bulk: str) -> None:
-        self._channel = channel
-        self._bulk = bulk
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._channel, name)
-
-    async def call(self, method: Any, request: Any, **options: Any) -> Any:
-        reply = await self._channel.call(method, request, **options)
-        return replace(reply, bulk_address=self._bulk) if method is KvStore.INFO else reply
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from dataclasses import replace
 import anyio
 from anyio import CapacityLimiter, to_thread
 
+from covey import failpoint
 from covey.clock import Clock
 from covey.codec.methods import KvStore
 from covey.compression import Codecs
@@ -131,6 +132,7 @@ class Access:
                 tenant=held.key.tenant, lease=held.grant.lease, epoch=held.grant.epoch, blocks=tuple(blocks)
             )
             held.check()
+            await failpoint.hit_async("kv.before_commit")
             await held.node.call(KvStore.COMMIT, request)
         except (LeaseExpired, Fenced) as error:
             raise Unavailable("the write took longer than its lease, or the store started anew") from error

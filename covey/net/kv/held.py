@@ -16,6 +16,8 @@ from covey.types.kv import BlockLocation, LeaseGrant, LeaseRequest, RenewRequest
 from covey.types.store import StoreKey
 
 RELEASE_TIMEOUT_S = 1.0
+RENEW_RETRY_S = 1.0
+"""A node that did not answer is not asked at every step: each question would hold the reading up."""
 
 Q = TypeVar("Q", bound="Asking")
 L = TypeVar("L", bound="Leasing")
@@ -42,6 +44,7 @@ class StoreHeld:
         self._hashes = hashes
         self._clock = clock
         self._ends_at = asked_at + grant.ttl_s
+        self._renew_at = asked_at + grant.ttl_s / 2
         self._progress = 0
         self._released = False
 
@@ -58,7 +61,7 @@ class StoreHeld:
         """Report progress; past half of its time the lease is renewed by it. Raises `LeaseExpired`."""
         self.check()
         self._progress += blocks
-        if self._ends_at - self._clock.now() > self.grant.ttl_s / 2:
+        if self._clock.now() < self._renew_at:
             return
         request = self._renewal(self._progress)
         asked_at = self._clock.now()
@@ -68,8 +71,10 @@ class StoreHeld:
             raise LeaseExpired("the lease on these blocks has ended; look them up again", field="lease") from error
         except CoveyError:
             self.check()  # the node does not answer: what is left of the lease still counts
+            self._renew_at = self._clock.now() + RENEW_RETRY_S
             return
         self._ends_at = max(self._ends_at, asked_at + renewed.ttl_s)
+        self._renew_at = asked_at + renewed.ttl_s / 2
 
     async def confirm(self) -> None:
         """Ask the node whether the lease stands. Raises `LeaseExpired`; a node that is gone says nothing."""
