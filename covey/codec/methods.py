@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from covey.codec.chunks import decode_chunk, encode_chunk
 from covey.codec.messages import PACKAGE, decode, encode
-from covey.types import flow, generate, kv, program, semcache
+from covey.types import flow, generate, kv, lend, program, semcache
 from covey.types.common import Empty
 
 Q = TypeVar("Q")
@@ -110,6 +110,13 @@ class Decode:
     ADOPT: Final[Unary[generate.AdoptRequest, generate.AdoptReply]] = Unary(
         "Decode", "Adopt", generate.AdoptRequest, generate.AdoptReply
     )
+    LEND: Final[ClientStream[lend.LendChunk, lend.LendReply]] = ClientStream(
+        "Decode", "Lend", lend.LendChunk, lend.LendReply
+    )
+    ATTEND: Final[Unary[lend.AttendRequest, lend.AttendReply]] = Unary(
+        "Decode", "Attend", lend.AttendRequest, lend.AttendReply
+    )
+    RETURN: Final[Unary[lend.ReturnRequest, Empty]] = Unary("Decode", "Return", lend.ReturnRequest, Empty)
 
 
 class KvStore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import anyio
+from anyio.from_thread import BlockingPortal
 
 from covey import failpoint
 from covey.actor import Inbox
@@ -17,6 +18,7 @@ from covey.types.ids import WorkerId
 from covey.types.store import BlockStore
 
 from .background import Background
+from .borrowing import Neighbours
 from .endings import answer_at_once, failed, refused
 from .intake import Intake
 from .lifecycle import Lifecycle
@@ -49,15 +51,24 @@ class EngineActor:
         store: BlockStore | None,
         model: str,
         on_blocks: OnBlocks | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self._worker = worker
         self._clock = clock
         self._on_blocks = on_blocks
         self._block_size = runner.info.block_size
-        self.intake = Intake(runner.info, vocabulary, role, model)
         self.lifecycle = Lifecycle(
-            runner=runner, vocabulary=vocabulary, role=role, worker=worker, limits=limits, clock=clock, store=store
+            runner=runner,
+            vocabulary=vocabulary,
+            role=role,
+            worker=worker,
+            limits=limits,
+            clock=clock,
+            store=store,
+            neighbours=neighbours,
         )
+        borrow_blocks = limits.borrow_blocks if self.lifecycle.borrowing is not None else 0
+        self.intake = Intake(runner.info, vocabulary, role, model, borrow_blocks=borrow_blocks)
         self.board = self.lifecycle.board
         self.check = self.lifecycle.check
         self._later: list[Message] = []
@@ -70,9 +81,9 @@ class EngineActor:
         """Serve until the inbox is drained and every request has ended."""
         life = self.lifecycle
         try:
-            async with anyio.create_task_group() as tasks:
+            async with BlockingPortal() as portal, anyio.create_task_group() as tasks:
                 self._background = Background(tasks, on_end=lambda: inbox.signal(Wake()))
-                life.open(self._background)
+                life.open(self._background, portal)
                 while not (self._is_stopping and life.is_quiet):
                     await self._turn(inbox)
                 await life.retention.close()
@@ -190,7 +201,7 @@ class EngineActor:
         seq = life.live.of_request(message.request_id)
         if seq is not None and life.step is not None and seq.id in life.step.seqs:
             self._later.append(message)  # its last block is being written
-        elif seq is None or not seq.computed or seq.transfer is not None:
+        elif seq is None or not seq.computed or seq.transfer is not None or seq.is_long:
             message.reply.fail(NotFound("no such request is running here", field="request_id"))
         else:
             life.migration.export(message, seq, self._block_size, self._background.spawn)
@@ -237,5 +248,7 @@ class EngineActor:
             self._on_blocks(changes)
         self.board.demoted_blocks, self.board.lost_demotions = life.retention.demoted, life.retention.lost
         self.board.drafted_tokens, self.board.accepted_tokens = life.speculation.drafted, life.speculation.accepted
+        self.board.lent_blocks, self.board.attended_rows = life.creditor.lent, life.creditor.attended
+        self.board.loans = life.borrowing.borrowed if life.borrowing is not None else 0
         self.board.verified_blocks, self.board.corrupt_blocks = life.integrity.verified, life.integrity.corrupt
-        self.board.show_load(life.batcher, life.pool, is_draining=self._is_draining)
+        self.board.show_load(life.batcher, life.pool, lendable=life.creditor.lendable, is_draining=self._is_draining)

@@ -27,6 +27,12 @@ class Board:
     """Hand-overs whose blocks the store did not take."""
     written_ahead: int = 0
     """Blocks that were stored while their prompt was still being computed."""
+    lent_blocks: int = 0
+    """Blocks here that belong to other workers' sequences."""
+    attended_rows: int = 0
+    """Rows of others that attention over them was computed for."""
+    loans: int = 0
+    """Loans that sequences here have with other workers."""
     demoted_blocks: int = 0
     lost_demotions: int = 0
     verified_blocks: int = 0
@@ -56,7 +62,7 @@ class Board:
         self.steps += 1
         self.computed_tokens += sum(chunk.tokens for chunk in chunks if chunk.seq not in suspended)
 
-    def show_load(self, batcher: Batcher, pool: BlockPool, *, is_draining: bool) -> None:
+    def show_load(self, batcher: Batcher, pool: BlockPool, *, lendable: int, is_draining: bool) -> None:
         """Write how busy the engine is."""
         self.load = EngineLoad(
             running=batcher.running,
@@ -67,4 +73,5 @@ class Board:
             pinned_blocks=pool.pinned,
             cached_blocks=pool.cached,
             draining=is_draining,
+            lendable_blocks=0 if is_draining else lendable,
         )

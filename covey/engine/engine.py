@@ -30,6 +30,8 @@ from covey.types.store import BlockStore
 
 from .actor import EngineActor, OnBlocks
 from .board import Board
+from .borrowing import Neighbours
+from .creditor import Creditor
 from .endings import failed, refused
 from .grammars import Grammars
 from .limits import EngineLimits
@@ -55,6 +57,7 @@ class Engine:
         clock: Clock,
         check: Callable[[], None],
         grammars: Grammars,
+        creditor: Creditor,
     ) -> None:
         self._ref = ref
         self.check = check
@@ -65,6 +68,8 @@ class Engine:
         self._grammars = grammars
         self._open: dict[RequestId, Outbox] = {}
         self.board = board
+        self.creditor = creditor
+        """Keeps blocks of other workers' sequences."""
 
     def info(self) -> EngineInfo:
         """What this worker is; the same for its whole life."""
@@ -160,12 +165,13 @@ async def open_engine(
     on_blocks: OnBlocks | None = None,
     model: str | None = None,
     dialect: str = "",
+    neighbours: Neighbours | None = None,
     grace_s: float = 10.0,
 ) -> AsyncIterator[Engine]:
     """Run an engine for the length of a block; leaving it lets running requests end for at most `grace_s`.
 
     `model` is what the mesh calls the runner's model, by default the runner's own name for it. Engines of another
-    `dialect` share no blocks with this one.
+    `dialect` share no blocks with this one. `neighbours` are the workers that blocks of long sequences may go to.
 
     A crash of the engine leaves as an exception: a new process is the cure.
     """
@@ -180,6 +186,7 @@ async def open_engine(
         store=store,
         on_blocks=on_blocks,
         model=model or runner.info.model,
+        neighbours=neighbours,
     )
     grammars = Grammars(vocabulary, runner.info, clock)
     async with AsyncExitStack() as stack:
@@ -187,9 +194,8 @@ async def open_engine(
         supervisor = await stack.enter_async_context(supervise(grace_s=grace_s))
         capacity = limits.batch.queue_max + limits.batch.max_running
         ref = supervisor.start(lambda: actor, name=f"engine {worker}", capacity=capacity)
-        yield Engine(
-            ref, actor.board, _info(actor, runner, role, worker, dialect), limits, clock, actor.check, grammars
-        )
+        info, creditor = _info(actor, runner, role, worker, dialect), actor.lifecycle.creditor
+        yield Engine(ref, actor.board, info, limits, clock, actor.check, grammars, creditor)
 
 
 def _info(actor: EngineActor, runner: Runner, role: Role, worker: WorkerId, dialect: str) -> EngineInfo:

@@ -26,8 +26,11 @@ class Holdings:
         """
         if seq.transfer is not None:
             return False
+        if seq.is_long:
+            return self._find_window(seq)
         matched = self._pool.match(seq.chain.keys[: self.reusable(seq)])
-        needed = self._promises.promise(seq, matched, (other for other in live if other.blocks))
+        others = (other for other in live if other.blocks and not other.is_long)
+        needed = self._promises.promise(seq, matched, others)
         if needed is None:
             self._pool.unmatch(matched)
             return False
@@ -44,13 +47,25 @@ class Holdings:
             seq.cached_tokens = seq.computed
         return True
 
+    def _find_window(self, seq: Sequence) -> bool:
+        try:
+            self._pool.reserve(seq.blocks_needed)
+        except NoSpace:
+            return False
+        seq.blocks, seq.promised, seq.named, seq.computed = [], seq.blocks_needed, 0, 0
+        return True
+
+    def room(self, seq: Sequence) -> int:
+        """The position up to which the window of a long sequence reaches."""
+        return seq.base + seq.blocks_needed * self._block_size
+
     def reusable(self, seq: Sequence) -> int:
         """Full blocks that need not be computed: at least one token must be, to draw the next from."""
         return (len(seq.tokens) - 1) // self._block_size
 
     def cover(self, seq: Sequence, tokens: int) -> bool:
         """Take blocks, promised ones first, until they hold `tokens` tokens; False, and none taken, without room."""
-        missing = -(-tokens // self._block_size) - len(seq.blocks)
+        missing = -(-(tokens - seq.base) // self._block_size) - len(seq.blocks)
         if missing <= 0:
             return True
         beyond = missing - seq.promised
@@ -68,7 +83,7 @@ class Holdings:
     def book(self, seq: Sequence) -> None:
         """Enter blocks that became full into the prefix cache."""
         full = seq.computed // self._block_size
-        if full == seq.named:
+        if full == seq.named or seq.is_long:
             return
         seq.chain.extend(seq.tokens)
         for index in range(seq.named, full):

@@ -19,8 +19,12 @@ from .text import TextPipe, Vocabulary
 class Intake:
     """Checks requests against what the runner can do, and numbers them."""
 
-    def __init__(self, info: RunnerInfo, vocabulary: Vocabulary, role: Role, model: str) -> None:
+    def __init__(
+        self, info: RunnerInfo, vocabulary: Vocabulary, role: Role, model: str, *, borrow_blocks: int = 0
+    ) -> None:
+        """`borrow_blocks` of a sequence may be with other workers."""
         self.model = model
+        self._borrow_blocks = borrow_blocks
         self._info = info
         self._vocabulary = vocabulary
         self._role = role
@@ -28,8 +32,10 @@ class Intake:
 
     @property
     def context_limit(self) -> int:
-        """Tokens of the longest sequence: what the model allows, or what the pool holds."""
-        return min(self._info.context_limit, self._info.n_blocks * self._info.block_size)
+        """Tokens of the longest sequence: what the model allows, or what the pool and other workers hold."""
+        window = _window(self._info.n_blocks)
+        blocks = max(self._info.n_blocks, window + self._borrow_blocks) if self._borrow_blocks else self._info.n_blocks
+        return min(self._info.context_limit, blocks * self._info.block_size)
 
     def accept(
         self, request: GenerateRequest, outbox: Outbox, now: float, grammar: CompiledGrammar | None = None
@@ -46,6 +52,8 @@ class Intake:
             text.push(token)
         last = len(tokens) if self._role is Role.PREFILL else max(len(tokens), tokens_max - 1)
         self._count += 1
+        blocks = -(-last // self._info.block_size)
+        is_long = blocks > self._info.n_blocks
         return Sequence(
             id=self._count,
             request=request,
@@ -54,7 +62,8 @@ class Intake:
             text=text,
             tokens=tokens,
             tokens_max=tokens_max,
-            blocks_needed=-(-last // self._info.block_size),
+            blocks_needed=_window(self._info.n_blocks) if is_long else blocks,
+            is_long=is_long,
             deadline=now + request.deadline_s,
             submitted_at=now,
             eos_ids=self._info.eos_ids,
@@ -109,3 +118,8 @@ def _emitted(request: GenerateRequest) -> tuple[tuple[int, ...], int]:
     if request.ticket is not None:
         return request.ticket.emitted, request.ticket.text_offset
     return (), 0
+
+
+def _window(n_blocks: int) -> int:
+    """Blocks that a sequence which is longer than the pool has here: the others run beside it."""
+    return max(2, n_blocks // 2)

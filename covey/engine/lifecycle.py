@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from anyio.from_thread import BlockingPortal
+
 from covey.clock import Clock
-from covey.errors import Cancelled, DeadlineExceeded, Internal, NoSpace
-from covey.model.plan import Draw, Runner
+from covey.errors import Cancelled, DeadlineExceeded, Internal, NoSpace, Unavailable
+from covey.model.plan import Draw, Runner, ShardRunner
 from covey.policy.batch_policies import make_batcher
 from covey.policy.blocks import BlockPool
 from covey.policy.chunk import Chunk
@@ -20,6 +22,8 @@ from covey.types.store import BlockStore
 from .arrivals import Arrivals
 from .background import Background
 from .board import Board
+from .borrowing import Borrowing, Neighbours
+from .creditor import Creditor
 from .endings import cancelled, failed, finished
 from .holdings import Holdings
 from .integrity import Integrity
@@ -54,6 +58,7 @@ class Lifecycle:
         limits: EngineLimits,
         clock: Clock,
         store: BlockStore | None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         info = runner.info
         self._role = role
@@ -77,9 +82,20 @@ class Lifecycle:
         self._promises = make_promises(limits.admission, self.pool, info.block_size)
         self._holdings = Holdings(self.pool, self._promises, info.block_size)
         self._stepper = Stepper(runner, clock, niceness=limits.niceness)
+        self.creditor = Creditor(self.pool, runner, limits, clock)
+        self.borrowing: Borrowing | None = None
+        if neighbours is not None and limits.borrow_blocks and isinstance(runner, ShardRunner):
+            self.borrowing = Borrowing(self.pool, runner, limits, clock, neighbours, worker=worker)
         ahead = WriteAhead(self.pool, transfers, limits, self.board, worker=worker, block_bytes=info.block_bytes)
         self._moves = Moves(
-            self.migration, ahead, self._holdings, self.board, clock, block_size=info.block_size, end=self._end
+            self.migration,
+            ahead,
+            self.borrowing,
+            self._holdings,
+            self.board,
+            clock,
+            block_size=info.block_size,
+            end=self._end,
         )
         self._preemption = Preemption(
             self.live, self.batcher, self._holdings, self.retention, self._moves, self._stepper, self.board
@@ -97,9 +113,11 @@ class Lifecycle:
         )
         self._leaving: list[Sequence] = []
 
-    def open(self, background: Background) -> None:
-        """Say where transfers run, before anything else is called."""
+    def open(self, background: Background, portal: BlockingPortal) -> None:
+        """Say where transfers run, and how a step reaches the event loop, before anything else is called."""
         self._moves.background = background
+        if self.borrowing is not None:
+            self.borrowing.portal = portal
 
     @property
     def is_quiet(self) -> bool:
@@ -113,9 +131,9 @@ class Lifecycle:
         self.speculation.check()
         live = self.live.all()
         assert self.pool.reserved >= sum(seq.promised for seq in live)
-        assert all(seq.named <= seq.computed // self._block_size <= len(seq.blocks) for seq in live)
+        assert all(seq.named <= (seq.computed - seq.base) // self._block_size <= len(seq.blocks) for seq in live)
         if self.is_quiet:
-            assert self.pool.held == self.pool.pinned
+            assert self.pool.held == self.pool.pinned + self.creditor.lent
             assert self.pool.reserved == 0
             assert self.batcher.running == self.batcher.waiting == 0
 
@@ -171,7 +189,8 @@ class Lifecycle:
         self._release_leaving()
         for seq_id, reason in outcome.failed:
             if (seq := self.live.get(seq_id)) is not None:
-                self._end(seq, failed(Internal(reason)))
+                error = Unavailable(reason) if seq.elsewhere is not None else Internal(reason)
+                self._end(seq, failed(error, retryable=seq.elsewhere is not None))
         for chunk in step.chunks:
             if (seq := self.live.get(chunk.seq)) is not None:
                 seq.is_suspended = chunk.seq in suspended or chunk.last_layer is not None
@@ -275,7 +294,9 @@ class Lifecycle:
         self._holdings.release(seq)
 
     def sweep(self, now: float) -> None:
-        """End what is out of time; take up readers that have caught up."""
+        """End what is out of time; take up readers that have caught up; keep loans."""
+        self.creditor.sweep(now)
+        self._moves.sweep(now, self.live.all())
         for seq in self.live.all():
             if now >= seq.deadline:
                 self._end(seq, failed(DeadlineExceeded("the request's time ran out")))

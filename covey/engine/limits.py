@@ -34,6 +34,12 @@ class EngineLimits:
     """Whether a sequence runs through the first layers of its stored blocks while the others are being loaded."""
     ahead_bytes: int = 64 << 20
     """Bytes of unfinished prompts that may be on their way to the store at once; 0: all is stored at hand-over."""
+    lend_share: float = 0.0
+    """The share of the pool that may hold blocks of other workers' sequences; 0: none is lent."""
+    borrow_blocks: int = 0
+    """Blocks of one sequence that may live with other workers, beyond the pool; 0: none do."""
+    loan_ttl_s: float = 10.0
+    """How long lent blocks are kept after their owner's last sign of life."""
     handover_ttl_s: float = 15.0
     """How long prefill keeps its leases for the decode worker to come."""
     grace_s: float = 1.0
@@ -54,3 +60,5 @@ class EngineLimits:
     def __post_init__(self) -> None:
         if not 0 <= self.pinned_share <= 1 or self.outbox_tokens < 1 or self.ahead_bytes < 0:
             raise ValueError("pinned_share must be between 0 and 1, outbox_tokens at least 1, ahead_bytes at least 0")
+        if not 0 <= self.lend_share <= 1 or self.borrow_blocks < 0 or self.loan_ttl_s <= 0:
+            raise ValueError("lend_share must be between 0 and 1, borrow_blocks at least 0 and loan_ttl_s positive")

@@ -38,7 +38,7 @@ class Loader:
 
     def can_load(self, seq: Sequence) -> bool:
         """Whether the store may have something that this worker's own cache has not."""
-        if self._transfers is None:
+        if self._transfers is None or seq.is_long:
             return False
         return len(seq.blocks) < self._holdings.reusable(seq) or seq.handed_over > seq.computed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from collections.abc import Sequence as Items
 
 import anyio
 
@@ -13,6 +14,7 @@ from covey.types.generate import Event, Handover, Stage, Tokens
 
 from .background import Background
 from .board import Board
+from .borrowing import Borrowing
 from .endings import failed
 from .holdings import Holdings
 from .migration import Migration
@@ -29,6 +31,7 @@ class Moves:
         self,
         migration: Migration,
         ahead: WriteAhead,
+        borrowing: Borrowing | None,
         holdings: Holdings,
         board: Board,
         clock: Clock,
@@ -39,6 +42,7 @@ class Moves:
         """`end` ends a sequence with an event."""
         self._migration = migration
         self._ahead = ahead
+        self._borrowing = borrowing
         self._holdings = holdings
         self._board = board
         self._clock = clock
@@ -83,6 +87,16 @@ class Moves:
     def write_ahead(self, seq: Sequence) -> None:
         """Store the blocks of an unfinished prompt that are full, in the background."""
         self._ahead.follow(seq, self._spawn)
+
+    def move_out(self, seq: Sequence) -> None:
+        """Give the blocks of a long sequence to other workers, so that its window has room again."""
+        assert self._borrowing is not None, "only then are sequences longer than the pool"
+        self.run(seq, self._borrowing.move_out, lambda _: self.wake())
+
+    def sweep(self, now: float, live: Items[Sequence]) -> None:
+        """Keep the loans of long sequences alive."""
+        if self._borrowing is not None:
+            self._borrowing.sweep(now, live, self._spawn)
 
     def swap_out(self, seq: Sequence) -> None:
         """Free the blocks of a sequence that waits again: stored first, where there is a store, else just dropped."""
@@ -132,5 +146,7 @@ class Moves:
         self._migration.forget(seq.request.request_id, self._spawn)
 
     def forget_written(self, seq: Sequence) -> None:
-        """Give back the leases on what was stored of an unfinished prompt."""
+        """Give back the leases on what was stored of an unfinished prompt, and what others keep of a long one."""
         self._ahead.forget(seq, self._spawn)
+        if self._borrowing is not None:
+            self._borrowing.forget(seq, self._spawn)

@@ -9,10 +9,11 @@ from anyio import CancelScope
 
 from covey.errors import CoveyError
 from covey.model.grammar import GrammarState
-from covey.model.plan import Draw, SampleSpec
+from covey.model.plan import Draw, Elsewhere, SampleSpec
 from covey.types.generate import GenerateRequest, Stage, Timings, TokenLogprob, Tokens, TopLogprob, Usage
 
 from .chain import BlockChain
+from .loan import Borrowed
 from .outbox import Outbox
 from .text import TextPipe, Vocabulary
 
@@ -52,6 +53,12 @@ class Sequence:
     """Leading tokens whose keys and values are in the blocks."""
     transfer: CancelScope | None = None
     """The task that loads or stores this sequence's blocks; they stay held until it ends."""
+    is_long: bool = False
+    """Whether its oldest blocks go to other workers: `blocks_needed` is then a window, and no block has a name."""
+    elsewhere: Elsewhere | None = None
+    """The tokens that are with other workers, all before those of `blocks`."""
+    borrowed: list[Borrowed] = field(default_factory=list)
+    """The loans that keep them."""
     is_running: bool = False
     """Whether the batcher may plan it; not while it waits, loads, is handed over or swapped out."""
     is_loading: bool = False
@@ -174,6 +181,11 @@ class Sequence:
                 self.failure = error
                 return False
         return True
+
+    @property
+    def base(self) -> int:
+        """The position that `blocks` begin with."""
+        return self.elsewhere.tokens if self.elsewhere is not None else 0
 
     def wait_for_kv(self, now: float) -> None:
         """It stands still until more of its keys and values are loaded."""

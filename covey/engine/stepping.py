@@ -137,4 +137,5 @@ def _row(seq: Sequence, chunk: Chunk, guess: tuple[int, ...]) -> Row:
         draft=chunk.draft,
         first_layer=chunk.first_layer,
         last_layer=chunk.last_layer,
+        elsewhere=seq.elsewhere,
     )

@@ -20,6 +20,7 @@ from covey.model.source import ModelSource
 from covey.net.kv import KvClient, KvClientConfig, StoreNode
 from covey.net.kv.agreed import AgreedRing
 from covey.net.kv.codebook_file import read_codebook
+from covey.net.kv.heap import keep_freed_memory
 from covey.net.registry import Registry
 from covey.net.rpc import Channels
 from covey.types.event import WorkerState
@@ -29,6 +30,7 @@ from covey.types.kv import BlockCodec
 from covey.types.store import BlockStore
 
 from .actor import OnBlocks
+from .borrowing import Neighbours
 from .config import EngineConfig
 from .engine import Engine, open_engine
 from .text import Vocabulary
@@ -59,6 +61,7 @@ async def open_worker(
     run_dir: Path,
     store: BlockStore,
     on_blocks: OnBlocks | None = None,
+    neighbours: Neighbours | None = None,
 ) -> AsyncIterator[Engine]:
     """Load the model and run its engine under a watchdog. Raises Unavailable as `load_model` does."""
     model = await load_model(config, run_dir=run_dir, clock=clock)
@@ -73,6 +76,7 @@ async def open_worker(
             store=store,
             on_blocks=on_blocks,
             model=model.name,
+            neighbours=neighbours,
             dialect=await anyio.to_thread.run_sync(_dialect, config),
             grace_s=config.drain_s,
         ) as engine:
@@ -92,6 +96,7 @@ async def store_client(
 
     Raises ConfigError when there is no codebook where the settings say.
     """
+    keep_freed_memory()
     codebook = await anyio.to_thread.run_sync(_codebook, config)
 
     def nodes() -> Sequence[StoreNode]:
@@ -130,6 +135,9 @@ def gauges(engine: Engine) -> Mapping[tuple[str, ...], float]:
         "generated_tokens": board.generated_tokens,
         "bare_handovers": board.bare_handovers,
         "written_ahead": board.written_ahead,
+        "lent_blocks": board.lent_blocks,
+        "attended_rows": board.attended_rows,
+        "loans": board.loans,
         "demoted_blocks": board.demoted_blocks,
         "lost_demotions": board.lost_demotions,
         "verified_blocks": board.verified_blocks,

@@ -40,8 +40,8 @@ class Batch:
 
 def row_error(row: Row, *, pool: KvPool, context_limit: int, vocab_size: int) -> str | None:
     """What makes a row impossible to run, or None."""
-    end, covered = row.start + len(row.tokens), len(row.blocks) * pool.geometry.block_size
-    if not row.tokens or row.start < 0:
+    end, covered = row.start + len(row.tokens), row.base + len(row.blocks) * pool.geometry.block_size
+    if not row.tokens or row.start < row.base:
         return "a row needs at least one token and a start of 0 or more"
     if end > context_limit:
         return f"position {end} is over the context limit of {context_limit}"
@@ -58,9 +58,9 @@ def row_error(row: Row, *, pool: KvPool, context_limit: int, vocab_size: int) ->
 
 def fresh_block(row: Row, block_size: int) -> int | None:
     """The block that this row begins and leaves unfinished: its unused slots must hold nothing of a former owner."""
-    end = row.start + len(row.tokens)
+    start, end = row.start - row.base, row.start - row.base + len(row.tokens)
     last = (end - 1) // block_size
-    return row.blocks[last] if end % block_size and last * block_size >= row.start else None
+    return row.blocks[last] if end % block_size and last * block_size >= start else None
 
 
 def build_batch(rows: Sequence[Row], block_size: int) -> Batch:
@@ -69,7 +69,7 @@ def build_batch(rows: Sequence[Row], block_size: int) -> Batch:
     ends = np.array([r.start for r in rows], dtype=np.int32) + counts
     first = _offsets(counts)
     row_of = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    n_blocks = -(-ends // block_size)
+    n_blocks = -(-(ends - np.array([r.base for r in rows], dtype=np.int32)) // block_size)
     start = ends - counts
     return Batch(
         rows=tuple(rows),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from covey.types.kv import BlockShape, KvElement
 
 _ELEMENTS = {"fp32": KvElement.FP32, "fp16": KvElement.FP16, "int8": KvElement.INT8}
+
+
+Floats = NDArray[np.float32]
 
 
 class TokenMask(Protocol):
@@ -67,6 +70,19 @@ class SampleSpec:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
+class Elsewhere(Protocol):
+    """Keys and values of a sequence's first tokens that are in other workers' memory."""
+
+    @property
+    def tokens(self) -> int:
+        """How many: whole blocks, all before the row."""
+
+    def attend(self, layer: int, q: Floats) -> Sequence[tuple[Floats, Floats]]:
+        """Attend `q` [token, head, head_dim] to all of them: each shard's output of the same shape, and the log of the
+        sum of its exponentials [token, head]. Blocks; called from the step's thread. Raises CoveyError.
+        """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """Consecutive new tokens of one sequence: one token when decoding, a chunk when prefilling.
@@ -80,6 +96,8 @@ class Row:
     A row may run through some layers only, `first_layer` up to, not including, `last_layer` (None: to the end). What it
     leaves unfinished waits in the runner until a row of the same sequence, start and tokens goes on from there, or
     `drop`. All such rows of a step share one range, and none has a draft.
+
+    With `elsewhere` the block table begins after the tokens that are there; only a `ShardRunner` runs such a row.
     """
 
     seq: int
@@ -90,6 +108,12 @@ class Row:
     draft: int = 0
     first_layer: int = 0
     last_layer: int | None = None
+    elsewhere: Elsewhere | None = None
+
+    @property
+    def base(self) -> int:
+        """The position that the block table begins with."""
+        return self.elsewhere.tokens if self.elsewhere is not None else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,3 +218,18 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Give the memory back; views handed out must be released first."""
+
+
+@runtime_checkable
+class ShardRunner(Protocol):
+    """A runner that computes attention for others, over blocks that it keeps for them, and takes `Row.elsewhere`."""
+
+    def attend(self, layer: int, blocks: tuple[int, ...], q: Floats) -> tuple[Floats, Floats]:
+        """Attend `q` [token, head, head_dim] to all positions of full blocks: the output of the same shape, and the log
+        of the sum of exponentials [token, head]. Any thread may call it, also during a step that does not write those
+        blocks. Raises InvalidArgument (`layer`, `q`).
+        """
+
+    @property
+    def query_shape(self) -> tuple[int, int]:
+        """Heads and width of a token's queries."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,17 +11,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from covey.errors import InvalidArgument
+from covey.errors import CoveyError, InvalidArgument
 
 from .batch import fresh_block, row_error
 from .config import ModelConfig
 from .decoder import Decoder, Layers, Pass
 from .layers import TorchLayers
 from .loading import load
+from .long import LongLayers, attend_for
 from .matrix import Precision
 from .native.layers import NativeLayers, supports
 from .native.library import Library, find_library
-from .plan import Interrupt, Row, RunnerInfo, StepOutcome, StepPlan
+from .plan import Floats, Interrupt, Row, RunnerInfo, StepOutcome, StepPlan
 from .pool import KvDtype, KvPool
 from .sampling import sample
 from .share import CoreShare
@@ -37,13 +39,21 @@ class TorchRunner:
     """`plan.Runner` on a CPU."""
 
     def __init__(
-        self, info: RunnerInfo, config: ModelConfig, pool: KvPool, decoder: Decoder, share: CoreShare | None
+        self,
+        info: RunnerInfo,
+        config: ModelConfig,
+        pool: KvPool,
+        decoder: Decoder,
+        long: Decoder,
+        share: CoreShare | None,
     ) -> None:
+        """`decoder` runs whole batches; `long`, over `LongLayers`, rows with keys elsewhere, one at a time."""
         self.info = info
         self._config = config
         self._share = share
         self._pool: KvPool | None = pool
         self._decoder: Decoder | None = decoder
+        self._long: Decoder | None = long
 
     @property
     def kernels(self) -> str:
@@ -63,18 +73,40 @@ class TorchRunner:
                 for row in good:
                     if not row.first_layer and (block := fresh_block(row, self.info.block_size)) is not None:
                         pool.clear(block)
-                found = decoder.run(good, interrupt)
-                sampled, broken = sample(found.batch, *_finite(found), decoder.layers.head)
+                outcome = _run(
+                    decoder, [r for r in good if not r.elsewhere], interrupt, StepOutcome(failed=tuple(failed))
+                )
+                for row in good:
+                    if row.elsewhere is not None:
+                        outcome = self._with_long(outcome, row, interrupt)
         finally:
             if self._share is not None:
                 self._share.end()
-        return StepOutcome(
-            sampled=tuple(sampled), failed=(*failed, *found.failed, *broken), suspended=tuple(found.suspended)
-        )
+        return outcome
+
+    def attend(self, layer: int, blocks: tuple[int, ...], q: Floats) -> tuple[Floats, Floats]:
+        """See `plan.ShardRunner.attend`."""
+        return attend_for(self._open()[0], self._config, layer, blocks, q)
+
+    @property
+    def query_shape(self) -> tuple[int, int]:
+        """See `plan.ShardRunner.query_shape`."""
+        return self._config.n_heads, self._config.head_dim
 
     def drop(self, seq: int) -> None:
         """See `plan.Runner.drop`."""
         self._open()[1].drop(seq)
+        if self._long is not None:
+            self._long.drop(seq)
+
+    def _with_long(self, others: StepOutcome, row: Row, interrupt: Interrupt | None) -> StepOutcome:
+        """Run a row with keys elsewhere; it fails alone when those cannot be asked."""
+        assert self._long is not None, "the runner is open"
+        try:
+            return _run(self._long, [row], interrupt, others)
+        except CoveyError as error:
+            self._long.drop(row.seq)
+            return replace(others, failed=(*others.failed, (row.seq, error.message)))
 
     def score(self, tokens: Sequence[int], *, known: int = 0) -> NDArray[np.float64]:
         """The log probability of each token but the first, given those before it; overwrites the pool's first blocks.
@@ -106,7 +138,7 @@ class TorchRunner:
 
     def close(self) -> None:
         """Drop the pool; its memory goes back once the last view is released."""
-        self._pool = self._decoder = None
+        self._pool = self._decoder = self._long = None
 
     def _open(self) -> tuple[KvPool, Decoder]:
         if self._pool is None or self._decoder is None:
@@ -127,6 +159,19 @@ class TorchRunner:
             else:
                 failed.append((row.seq, error))
         return good, failed
+
+
+def _run(decoder: Decoder, rows: Sequence[Row], interrupt: Interrupt | None, before: StepOutcome) -> StepOutcome:
+    """Run rows and draw from them; what was there `before` is in the outcome too."""
+    if not rows:
+        return before
+    found = decoder.run(rows, interrupt)
+    drawn, broken = sample(found.batch, *_finite(found), decoder.layers.head)
+    return StepOutcome(
+        sampled=(*before.sampled, *drawn),
+        failed=(*before.failed, *found.failed, *broken),
+        suspended=(*before.suspended, *found.suspended),
+    )
 
 
 def _finite(found: Pass) -> tuple[torch.Tensor, frozenset[int]]:
@@ -166,7 +211,8 @@ def open_runner(
     pool = KvPool(loaded.geometry, n_blocks)
     layers = _layers(loaded.config, loaded.weights, pool, kernels)
     decoder = Decoder(loaded.config, loaded.weights, layers, block_size)
-    return TorchRunner(loaded.info, loaded.config, pool, decoder, share)
+    long = Decoder(loaded.config, loaded.weights, LongLayers(loaded.config, loaded.weights, pool), block_size)
+    return TorchRunner(loaded.info, loaded.config, pool, decoder, long, share)
 
 
 def _layers(config: ModelConfig, weights: Weights, pool: KvPool, kernels: str | None) -> Layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from covey.types.ids import WorkerId
@@ -106,16 +106,8 @@ class Lending:
         return tuple(loans)
 
     def shards(self, blocks: int, creditors: Sequence[Instance]) -> tuple[tuple[WorkerId, int], ...]:
-        """Where `blocks` of one sequence that fits no single worker go: to as few creditors as hold them, those with
-        most to spare first; nowhere when they cannot hold them all.
-        """
-        found, left = [], blocks
-        for instance in sorted(creditors, key=lambda each: (-self.lendable(each), each.worker)):
-            taken = min(left, 0 if instance.borrowed_blocks else self.lendable(instance))
-            if taken > 0:
-                found.append((instance.worker, taken))
-                left -= taken
-        return tuple(found) if not left else ()
+        """Where `blocks` of one sequence that fits no single worker go; see `place_shards`."""
+        return place_shards(blocks, {i.worker: self.lendable(i) for i in creditors if not i.borrowed_blocks})
 
     def _possible(self, now: dict[WorkerId, Instance]) -> list[Loan]:
         debtors = sorted((i for i in now.values() if i.waiting and i.movable_blocks and not i.lent_blocks), key=_name)
@@ -136,6 +128,19 @@ class Lending:
         before = sum(self._model.throughput(now[worker]) for worker in both)
         after = sum(self._model.throughput(then[worker]) for worker in both)
         return after - before if after - before > self._config.gain_min * before else 0.0
+
+
+def place_shards(blocks: int, lendable: Mapping[WorkerId, int]) -> tuple[tuple[WorkerId, int], ...]:
+    """Where `blocks` of one sequence go: to as few creditors as hold them, those that can lend most first; nowhere when
+    they cannot hold them all.
+    """
+    found, left = [], blocks
+    for worker in sorted(lendable, key=lambda each: (-lendable[each], each)):
+        taken = min(left, lendable[worker])
+        if taken > 0:
+            found.append((worker, taken))
+            left -= taken
+    return tuple(found) if not left else ()
 
 
 def _wanted(debtor: Instance) -> int:

@@ -271,6 +271,7 @@ class EngineLoad:
     pinned_blocks: int = 0
     cached_blocks: int = 0
     draining: bool = False
+    lendable_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from covey.engine.block_events import BlockEvents
+from covey.engine.neighbours import RegistryNeighbours
 from covey.engine.worker import gauges, open_worker, store_client
 from covey.net.bus import Bus
 from covey.net.kv.agreed import AgreedRing
@@ -37,6 +38,7 @@ async def serve(config: Config, rt: Runtime) -> None:
                 run_dir=rt.run_dir,
                 store=store,
                 on_blocks=events.note,
+                neighbours=RegistryNeighbours(registry, rt.channels, rt.worker),
             ) as engine,
             rt.serve_rpc(config.listen, Servicer(engine, events).handlers(), config.drain_s) as server,
             rt.announce(bus, Role.DECODE, server.address, engine=engine.info(), load=engine.load),

@@ -12,6 +12,7 @@ from covey.net.rpc import Call, Handlers
 from covey.types.common import Empty
 from covey.types.generate import AdoptReply, AdoptRequest, ExportRequest, HandoverTicket, RetainReply, RetainRequest
 from covey.types.kv import KvSnapshot
+from covey.types.lend import AttendReply, AttendRequest, LendChunk, LendReply, ReturnRequest
 
 
 class Servicer(EngineServicer):
@@ -27,6 +28,9 @@ class Servicer(EngineServicer):
             Decode.RETAIN: self.retain,
             Decode.EXPORT: self.export,
             Decode.ADOPT: self.adopt,
+            Decode.LEND: self.lend,
+            Decode.ATTEND: self.attend,
+            Decode.RETURN: self.take_back,
             KvStore.SNAPSHOT: self.snapshot,
         }
 
@@ -38,6 +42,16 @@ class Servicer(EngineServicer):
 
     async def adopt(self, request: AdoptRequest, call: Call) -> AdoptReply:
         return await self._engine.adopt(request, timeout_s=call.remaining_s())
+
+    async def lend(self, chunks: AsyncIterator[LendChunk], _: Call) -> LendReply:
+        return await self._engine.creditor.lend(chunks)
+
+    async def attend(self, request: AttendRequest, _: Call) -> AttendReply:
+        return await self._engine.creditor.attend(request)
+
+    async def take_back(self, request: ReturnRequest, _: Call) -> Empty:
+        self._engine.creditor.take_back(request)
+        return Empty()
 
     async def snapshot(self, _: Empty, __: Call) -> AsyncIterator[KvSnapshot]:
         yield await self._events.snapshot(self._engine)
