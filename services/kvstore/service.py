@@ -12,12 +12,13 @@ import anyio
 from anyio import to_thread
 
 from covey.actor import supervise
+from covey.net.kv.heap import keep_freed_memory
 from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex
 from covey.runtime import Runtime
 from covey.types.kv import StoreInfo, StoreStats, TaskKind
 
-from .arena_file import arena_file, choose_directory
+from .arena_file import ArenaFile, arena_file, choose_directory
 from .bulk import BulkServer
 from .config import Config
 from .encoding import encoders
@@ -36,6 +37,7 @@ INBOX_CAPACITY = 1024
 
 async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped. With `nats = ""` the node stands alone: whoever knows its address uses it."""
+    keep_freed_memory()
     directory = choose_directory(config.arena_dir, rt.run_dir, config.capacity_bytes)
     codecs = await to_thread.run_sync(config.codecs.open)
     layout = Arena(config.capacity_bytes)
@@ -45,14 +47,7 @@ async def serve(config: Config, rt: Runtime) -> None:
             retention=config.retention(), quotas=config.quotas(), token=partial(secrets.token_urlsafe, 12),
         )  # fmt: skip
         store = Store(index, arena, EventLog(worker=rt.worker, epoch=rt.epoch, kept=config.events_kept))
-        info = StoreInfo(
-            worker=rt.worker,
-            arena_path=str(arena.path),
-            arena_bytes=arena.size_bytes,
-            boot_id=rt.host,
-            probe_path=str(arena.probe_path),
-            probe_nonce=arena.probe_nonce,
-        )
+        info = _info(rt, arena)
         async with supervise(grace_s=config.drain_s) as actors:
             actor = actors.start(lambda: StoreActor(store, rt.clock), name="store", capacity=INBOX_CAPACITY)
             recoder = Recoder(store, actor, codecs, config.codecs)
@@ -101,6 +96,17 @@ async def _tasks(handlers: dict[TaskKind, Handler]) -> AsyncIterator[Tasks]:
     async with anyio.create_task_group() as tg:
         yield Tasks(tg, handlers)
         tg.cancel_scope.cancel()
+
+
+def _info(rt: Runtime, arena: ArenaFile) -> StoreInfo:
+    return StoreInfo(
+        worker=rt.worker,
+        arena_path=str(arena.path),
+        arena_bytes=arena.size_bytes,
+        boot_id=rt.host,
+        probe_path=str(arena.probe_path),
+        probe_nonce=arena.probe_nonce,
+    )
 
 
 def _by_name(stats: StoreStats) -> dict[tuple[str, ...], float]:
