@@ -30,6 +30,7 @@ from covey.clock import MonotonicClock
 from covey.codec.methods import KvStore
 from covey.errors import CoveyError
 from covey.net.kv import KvClient, KvClientConfig, StoreNode
+from covey.net.kv.heap import keep_freed_memory
 from covey.net.process import boot_id
 from covey.net.rpc import Channels
 from covey.types.common import Empty
@@ -75,7 +76,7 @@ class CoveyStore:
         took_s = self._portal.call(_together, clients, work)
         named = [[block.hash for block in chain] for chain in chains]
         self._stored[transport, size, clients] = list(zip(keys, named, strict=True))
-        return took_s
+        return float(took_s)
 
     def get(self, transport: str, size: int, clients: int) -> float:
         """Seconds to look up and read the batch that was stored last; the bytes are compared after the clock stops."""
@@ -94,7 +95,7 @@ class CoveyStore:
         took_s = self._portal.call(_together, clients, work)
         if into != self._data[size]:
             raise RuntimeError("what was read is not what was stored")
-        return took_s
+        return float(took_s)
 
     def lookup(self, blocks: int, repeats: int) -> dict[str, float]:
         """Median seconds of a look-up of so many stored blocks, and of an empty gRPC call, in turns."""
@@ -193,6 +194,7 @@ def _start_node(address: str, run_dir: Path) -> subprocess.Popen[bytes]:
 def main() -> None:
     """Serve until standard input ends."""
     lines = private_output()
+    keep_freed_memory()  # as every engine does
     with start_blocking_portal() as portal:
         store = CoveyStore(Path(sys.argv[1]), portal)
         try:
