@@ -75,9 +75,7 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
     """Own a gateway for a block; its programs and errands end with it."""
     clock, channels = around.clock, around.channels
     metrics = Metrics(around.registry)
-    router = Router(config.routing.policy())
-    metrics.break_even.set_function(lambda: router.kv.break_even_tokens)
-    fleet = Fleet(around.directory, around.index, router, clock, around.mesh_secret)
+    fleet = _fleet(config, around, metrics)
     catalog = Catalog(around.models, default=config.default_model, fleet=fleet)
     async with AsyncExitStack() as stack:
         errands = await stack.enter_async_context(Errands.open())
@@ -140,6 +138,12 @@ def _rates(config: Config) -> dict[TenantId, Rate]:
         TenantId(name): Rate(requests_per_minute=tenant.requests_per_minute, tokens_per_minute=tenant.tokens_per_minute)
         for name, tenant in config.tenants.items()
     }
+
+
+def _fleet(config: Config, around: Surroundings, metrics: Metrics) -> Fleet:
+    router = Router(config.routing.policy())
+    metrics.break_even.set_function(lambda: router.kv.break_even_tokens)
+    return Fleet(around.directory, around.index, router, around.clock, around.mesh_secret)
 
 
 def _dispatcher(config: Config, around: Surroundings, fleet: Fleet, metrics: Metrics, errands: Errands) -> Dispatcher:

@@ -125,7 +125,7 @@ class Shelf:
 
     async def touch(self) -> None:
         """Let the store notice which leases have ended: it looks at each call."""
-        self._find(BlockHash(b"nothing"), BlockShape(size_bytes=128, layers=2))
+        self._find(BlockHash(b"nothing".ljust(16)), BlockShape(size_bytes=128, layers=2))
 
     def remove(self, name: BlockHash) -> None:
         """Make a stored block a miss."""
