@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from anyio import to_thread
@@ -36,8 +37,20 @@ Quotas = Callable[[str], tuple[int, int]]
 """The quota of a category by name, in entries and bytes; zero entries for one that is no more."""
 
 
+class Listener(Protocol):
+    """Hears of every change as it happens."""
+
+    def stored(self, tenant: TenantId, label: int) -> None: ...
+
+    def removed(self, tenant: TenantId, label: int) -> None: ...
+
+    def voided(self, tenant: TenantId, epoch: int, labels: tuple[int, ...]) -> None: ...
+
+
 class Library:
     """Every entry of this process; owned by the event loop."""
+
+    listener: Listener | None = None
 
     def __init__(
         self,
@@ -61,6 +74,8 @@ class Library:
         self._recent: OrderedDict[int, Document] = OrderedDict()
         self._recent_bytes = 0
         self._voids: dict[TenantId, int] = {}
+        self._is_voiding = False
+        store.on_removed = self._removed
 
     async def restore(self, quotas: Quotas) -> None:
         """File every document that has not expired, with its graph or its vector; called once, before serving."""
@@ -151,7 +166,13 @@ class Library:
     async def void(self, tenant: TenantId, voided: Voided, labels: Sequence[int]) -> int:
         """Remove a tenant's entries and move it on to another epoch, both at once on disk. Raises as `put`."""
         self._voids[tenant] = self._voids.get(tenant, 0) + 1
-        removed = sum(self.drop(label) for label in labels)
+        self._is_voiding = True
+        try:
+            removed = sum(self.drop(label) for label in labels)
+        finally:
+            self._is_voiding = False
+        if self.listener is not None:
+            self.listener.voided(tenant, voided.epoch, tuple(labels))
         await self.documents.void(tenant, voided, labels)
         return removed
 
@@ -177,7 +198,13 @@ class Library:
             self._forget(label)
         self.documents.forget(gone)
         self._remember(filing.document)
+        if self.listener is not None:
+            self.listener.stored(filing.document.scope.tenant, filing.document.label)
         return gone
+
+    def _removed(self, label: int, tenant: TenantId) -> None:
+        if self.listener is not None and not self._is_voiding:
+            self.listener.removed(tenant, label)
 
     def _remember(self, document: Document) -> None:
         self._forget(document.label)

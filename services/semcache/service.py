@@ -13,22 +13,28 @@ from anyio import to_thread
 from structlog.typing import FilteringBoundLogger
 
 from covey.actor import Restart, supervise
+from covey.net.registry import Registry
 from covey.policy.reuse import ReusePolicy
 from covey.runtime import Runtime
+from covey.types.event import WorkerRecord, WorkerState
 from covey.types.generate import Role
 
+from .branch import Branch
 from .cache import AnswerCache
 from .config import Config
 from .desk import Desk
 from .encoder import Embedder, Encode, Encoder, EncoderStatus
 from .finder import CacheLimits
 from .flights import open_flights
+from .journal import Journals
 from .learning import learn_categories
 from .learnt import read_learnt, with_models
 from .metrics import CacheMetrics
 from .minilm import PACKAGED, SentenceModel, find_model, fingerprint, verify
+from .peers import ENCODER, Peers
 from .servicer import SemCacheServicer
 from .storage import open_library
+from .tutor import Tutor
 from .upkeep import Upkeep
 
 
@@ -44,6 +50,7 @@ async def serve(config: Config, rt: Runtime) -> None:
     status = EncoderStatus()
     async with (
         rt.bus() as bus,
+        rt.registry(bus) as registry,
         open_library(config, encoder=await encoder_id(config, folder), clock=rt.clock, log=rt.log) as library,
         supervise(grace_s=config.drain_s, on_crash=partial(log_crash, rt.log)) as supervisor,
     ):
@@ -73,26 +80,49 @@ async def serve(config: Config, rt: Runtime) -> None:
             rng=rt.rng,
         )
         desk = Desk(cache, library, embedder, open_flights(config, rt.clock, rt.rng, metrics), metrics, rt.clock)
-        servicer = SemCacheServicer(
+        ttls = {policy.name: policy.ttl_s for policy in policies}
+        branch = Branch(
             desk,
+            Journals(library, rt.clock),
+            Peers(lambda: ready_peers(registry), rt.worker),
+            rt.channels,
+            bus,
+            ttl=ttls.get,
+            epoch=rt.epoch,
+            clock=rt.clock,
+            log=rt.log,
+        )
+        tutor = Tutor(embedder, config.tutor(), clock=rt.clock, rng=rt.rng)
+        servicer = SemCacheServicer(
+            branch,
             embedder,
+            tutor,
             model=model,
             embed_batch=config.encode_batch,
             embed_wait_s=config.embed_wait_s,
         )
         upkeep = Upkeep(library, embedder, metrics, rt.clock, every_s=config.sweep_s)
         learn = partial(learn_categories, config.examples(), embedder, cache, floor=config.classify_floor, log=rt.log)
+        labels = {"embedding_model": model, ENCODER: library.encoder}
         async with anyio.create_task_group() as tg:
             tg.start_soon(upkeep.run)
             tg.start_soon(learn)
+            tg.start_soon(branch.run)
+            tg.start_soon(tutor.run)
             async with (
                 rt.serve_rpc(config.listen, servicer.handlers(), config.drain_s) as server,
-                rt.announce(bus, Role.SEMCACHE, server.address, labels={"embedding_model": model}),
+                rt.announce(bus, Role.SEMCACHE, server.address, labels=labels),
             ):
                 await rt.ready()
                 await rt.until_stopped()
             tg.cancel_scope.cancel()
         await upkeep.save()
+
+
+def ready_peers(registry: Registry) -> tuple[WorkerRecord, ...]:
+    """Every semcache that takes requests."""
+    views = registry.workers(Role.SEMCACHE)
+    return tuple(view.record for view in views if view.record.state is WorkerState.READY)
 
 
 async def encoder_id(config: Config, folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from covey.codec.methods import SemCache
 from covey.errors import ContextLengthExceeded, InvalidArgument, NotFound, PayloadTooLarge
@@ -11,6 +12,7 @@ from covey.types.common import Empty
 from covey.types.program import EmbedReply, EmbedRequest, Vector
 from covey.types.semcache import (
     AbandonRequest,
+    CacheEvent,
     CacheExplanation,
     CacheOffer,
     CacheQuery,
@@ -22,12 +24,17 @@ from covey.types.semcache import (
     InvalidateReply,
     InvalidateRequest,
     OfferReply,
+    RouteOutcome,
+    RouteQuery,
+    RouteReply,
     WarmReply,
+    WatchCacheRequest,
 )
 
-from .desk import Desk
+from .branch import Branch, Routing, routing
 from .encoder import Embedder
 from .minilm import Encoded
+from .tutor import Tutor
 
 REPLY_SHARE = 0.9
 """Part of a caller's remaining time that is spent before the answer, so that a typed one still arrives."""
@@ -38,10 +45,13 @@ INPUTS_MAX = 1024
 class SemCacheServicer:
     """Handlers of the service `SemCache`."""
 
-    def __init__(self, desk: Desk, embedder: Embedder, *, model: str, embed_batch: int, embed_wait_s: float) -> None:
-        self._desk = desk
-        self._cache = desk.cache
+    def __init__(
+        self, branch: Branch, embedder: Embedder, tutor: Tutor, *, model: str, embed_batch: int, embed_wait_s: float
+    ) -> None:
+        self._branch = branch
+        self._cache = branch.desk.cache
         self._embedder = embedder
+        self._tutor = tutor
         self._model = model
         self._embed_batch = embed_batch
         self._embed_wait_s = embed_wait_s
@@ -59,34 +69,54 @@ class SemCacheServicer:
             SemCache.ABANDON: self.abandon,
             SemCache.EXPORT: self.export,
             SemCache.WARM: self.warm,
+            SemCache.WATCH: self.watch,
+            SemCache.ROUTE: self.route,
+            SemCache.LEARN: self.learn,
         }
 
     async def lookup(self, request: CacheQuery, call: Call) -> CacheReply:
-        return await self._desk.lookup(request, timeout_s=call.remaining_s())
+        reply = await self._branch.lookup(request, **_by(call))
+        if not request.examples_max or reply.answer is not None:
+            return reply
+        return replace(reply, examples=await self._tutor.examples(request, reply.category))
 
     async def offer(self, request: CacheOffer, call: Call) -> OfferReply:
-        return await self._desk.offer(request, timeout_s=call.remaining_s())
+        reply = await self._branch.offer(request, **_by(call))
+        await self._tutor.offer(request, reply.entry)
+        return reply
 
     async def abandon(self, request: AbandonRequest, call: Call) -> Empty:
-        self._desk.abandon(request)
+        await self._branch.abandon(request, **_by(call))
         return Empty()
 
     async def explain(self, request: CacheQuery, call: Call) -> CacheExplanation:
         return await self._cache.explain(request, timeout_s=call.remaining_s())
 
     async def feedback(self, request: FeedbackRequest, call: Call) -> Empty:
-        await self._desk.feedback(request)
-        return Empty()
+        return await self._branch.feedback(request, **_by(call))
 
     async def invalidate(self, request: InvalidateRequest, call: Call) -> InvalidateReply:
-        return await self._desk.invalidate(request, timeout_s=call.remaining_s())
+        if not request.dry_run:
+            self._tutor.forget(request.tenant)
+        return await self._branch.invalidate(request, **_by(call))
+
+    async def watch(self, request: WatchCacheRequest, call: Call) -> AsyncIterator[CacheEvent]:
+        async for event in self._branch.watch(request):
+            yield event
 
     async def export(self, request: ExportCache, call: Call) -> AsyncIterator[CacheRecord]:
-        async for record in self._desk.export(request):
+        async for record in self._branch.export(request, is_forwarded=_by(call)["is_forwarded"]):
             yield record
 
     async def warm(self, records: AsyncIterator[CacheRecord], call: Call) -> WarmReply:
-        return await self._desk.warm(records)
+        return await self._branch.warm(records, is_forwarded=_by(call)["is_forwarded"])
+
+    async def route(self, request: RouteQuery, call: Call) -> RouteReply:
+        return await self._tutor.route(request)
+
+    async def learn(self, request: RouteOutcome, call: Call) -> Empty:
+        self._tutor.learn(request)
+        return Empty()
 
     async def stats(self, request: Empty, call: Call) -> CacheStats:
         return self._cache.stats()
@@ -117,6 +147,10 @@ class SemCacheServicer:
             encoded.extend(await self._embedder.many(batch, timeout_s=timeout_s))
         vectors = tuple(_vector(index, item) for index, item in enumerate(encoded))
         return EmbedReply(vectors=vectors, prompt_tokens=sum(item.tokens for item in encoded))
+
+
+def _by(call: Call) -> Routing:
+    return routing(call.remaining_s(), call.headers)
 
 
 def _vector(index: int, encoded: Encoded) -> Vector:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
 import anyio
@@ -47,6 +47,7 @@ class Store:
         self._slots = Slots()
         self._exact = Slots()
         self._calendar = Calendar()
+        self.on_removed: Callable[[int, TenantId], None] | None = None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -140,6 +141,8 @@ class Store:
         self._shelves.leave(place)
         table.expires_at[slot] = math.inf
         table.give(slot)
+        if self.on_removed is not None:
+            self.on_removed(label, place.shelf.partition.scope.tenant)
         return True
 
     def matching(self, tenant: TenantId, *, model: str = "", category: str = "") -> Iterator[Held]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
@@ -15,11 +15,15 @@ from anyio import to_thread
 
 from covey.actor import Restart, supervise
 from covey.clock import Clock
+from covey.net.channels import Channels
+from covey.net.memory_bus import MemoryBroker, MemoryBus
 from covey.policy.reuse import ReuseMode, ReusePolicy
+from covey.policy.reuse_model import DecisionModel
 from covey.telemetry import Metrics
 from covey.types.generate import FinishReason
-from covey.types.ids import TenantId
+from covey.types.ids import TenantId, WorkerId
 from covey.types.semcache import CacheOffer, CacheQuery
+from services.semcache.branch import Branch
 from services.semcache.cache import AnswerCache
 from services.semcache.config import CategoryConfig, Config
 from services.semcache.desk import Desk
@@ -27,10 +31,13 @@ from services.semcache.documents import Documents, MemoryDocuments
 from services.semcache.encoder import Embedder, Encode, Encoder, EncoderStatus, Phase
 from services.semcache.finder import CacheLimits
 from services.semcache.flights import open_flights
+from services.semcache.journal import Journals
 from services.semcache.learning import learn_categories
+from services.semcache.learnt import with_models
 from services.semcache.library import Library
 from services.semcache.metrics import CacheMetrics
 from services.semcache.minilm import Encoded, EncoderModel
+from services.semcache.peers import Peers
 from services.semcache.segment_files import SegmentFiles
 from services.semcache.servicer import SemCacheServicer
 from services.semcache.storage import open_store, quota_of
@@ -70,6 +77,7 @@ class Parts:
 
     cache: AnswerCache
     desk: Desk
+    branch: Branch
     store: Store
     library: Library
     embedder: Embedder
@@ -90,6 +98,7 @@ async def running_cache(
     files: SegmentFiles | None = None,
     encoder: str = "words",
     rng: Random | None = None,
+    models: Mapping[str, DecisionModel] | None = None,
 ) -> AsyncIterator[Parts]:
     """Own a cache for a block; unless told not to, wait until its encoder is there and its categories are learnt."""
     metrics = await to_thread.run_sync(Metrics)  # it reads /proc
@@ -106,7 +115,7 @@ async def running_cache(
     )
     policies = {policy.name: policy for policy in config.policies()}
     await library.restore(lambda category: quota_of(policies.get(category)))
-    async with supervise(grace_s=1.0) as supervisor:
+    async with Channels.open() as channels, supervise(grace_s=1.0) as supervisor:
         actor = supervisor.start(
             lambda: Encoder(load, status, batch_max=config.encode_batch, clock=clock, log=log),
             name="encoder",
@@ -118,7 +127,7 @@ async def running_cache(
         embedder = Embedder(actor, status, memo_max=config.memo_max)
         cache = AnswerCache(
             library,
-            ReusePolicy(config.policies()),
+            ReusePolicy(with_models(config.policies(), models or {}, config.guarded())),
             embedder,
             classifies=bool(config.examples()),
             limits=CacheLimits(
@@ -126,6 +135,7 @@ async def running_cache(
                 encode_s=config.encode_s,
                 entry_size_bytes_max=config.entry_size_bytes_max,
             ),
+            accounts=config.accounts(),
             metrics=instruments,
             clock=clock,
             rng=rng or Random(7),
@@ -135,13 +145,25 @@ async def running_cache(
                 await anyio.sleep(0.01)
             await learn_categories(config.examples(), embedder, cache, floor=config.classify_floor, log=log)
         desk = Desk(cache, library, embedder, open_flights(config, clock, Random(8), instruments), instruments, clock)
+        branch = Branch(
+            desk,
+            Journals(library, clock),
+            Peers(lambda: (), WorkerId("semcache-0")),
+            channels,
+            MemoryBus(MemoryBroker()),
+            ttl={policy.name: policy.ttl_s for policy in config.policies()}.get,
+            epoch=1,
+            clock=clock,
+            log=log,
+        )
         yield Parts(
             desk=desk,
+            branch=branch,
             cache=cache,
             store=library.store,
             library=library,
             embedder=embedder,
-            servicer=SemCacheServicer(desk, embedder, model="all-MiniLM-L6-v2", embed_batch=8, embed_wait_s=5.0),
+            servicer=SemCacheServicer(branch, embedder, model="all-MiniLM-L6-v2", embed_batch=8, embed_wait_s=5.0),
             upkeep=Upkeep(library, embedder, instruments, clock, every_s=config.sweep_s),
             status=status,
             metrics=metrics,
