@@ -51,8 +51,8 @@ UNACCOUNTED = AccountsConfig(break_even=BreakEvenConfig(lookups_min=1 << 60))
 class Played:
     """What came of each question, and how long the look-ups took (encoding apart).
 
-    `memory_bytes` is what our quotas account for all entries, documents and vectors included; of a peer, what its process
-    (and its server) grew by.
+    `memory_bytes` is what our quotas account for all entries, documents and vectors included; of a peer, what its
+    process (and its server) grew by.
     """
 
     outcomes: Outcomes

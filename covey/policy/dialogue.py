@@ -32,7 +32,7 @@ _POINTERS = _split(
     "other others another else more also too instead again different similar first second third last next"
 )
 _ANSWERS = _split(
-    "you your yours above previous earlier below aforementioned said mentioned answer reply response list"
+    "you your yours above previous earlier below aforementioned said mentioned answer reply response"
 )
 _JOINTS = _split("and but so or then")
 FUNCTION_WORDS = PRONOUNS | _split(

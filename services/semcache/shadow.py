@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from structlog.typing import FilteringBoundLogger
 
-from covey.actor import Inbox
-from covey.errors import CoveyError
+from covey.actor import ActorStopped, Inbox, Ref
+from covey.errors import CoveyError, Overloaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,16 @@ class Sampled:
 
 Sample = Callable[[Sampled], object]
 """Takes a hit to be judged; never waits, and may drop it."""
+
+
+def dropping(shadow: Ref[Sampled]) -> Sample:
+    """Hand hits to the actor; what it has no room for is not judged."""
+
+    def sample(sampled: Sampled) -> None:
+        with suppress(Overloaded, ActorStopped):
+            shadow.offer(sampled)
+
+    return sample
 
 
 class Judge(Protocol):
