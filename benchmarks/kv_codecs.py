@@ -114,7 +114,9 @@ class Bench:
         return Context(blocks=tuple(bytes(view) for view in views), inputs=self._recorder.take())
 
     def pass_through(self, context: Context, way: Way | None, window: Sequence[int], figures: Figures) -> None:
-        """Encode and restore all but the recent blocks of a context, and score what follows it."""
+        """Encode and restore all but the recent blocks of a context, on one core, and score what follows it."""
+        cores = torch.get_num_threads()
+        torch.set_num_threads(1)
         for block, raw in enumerate(context.blocks):
             view = self._runner.block_view(block)
             if way is None or block >= len(context.blocks) - RECENT_BLOCKS:
@@ -127,6 +129,7 @@ class Bench:
             figures.encode_rates.append(self._size / (middle - began))
             figures.decode_rates.append(self._size / (self._clock.now() - middle))
             figures.block_bytes = len(data)
+        torch.set_num_threads(cores)
         figures.losses.append(-float(np.mean(self._runner.score(window, known=PREFIX_TOKENS))))
         self._recorder.take()
 
