@@ -76,7 +76,7 @@ class DiskTier:
         tier = cls(directory, limits, clock=clock, seed=seed)
         lock = await to_thread.run_sync(_own, directory)
         try:
-            tier._take_in(await to_thread.run_sync(_scan, directory))
+            await tier._find()
             yield tier
         finally:
             for segment in tier._segments.values():
@@ -287,43 +287,49 @@ class DiskTier:
 
     # -- restart -------------------------------------------------------------------
 
-    def _take_in(self, scanned: Sequence[tuple[Segment, list[Found]]]) -> None:
-        """Enter what a scan found, parents first; what has lost its parent stays out."""
+    async def _find(self) -> None:
+        """Enter what lies in the directory, a segment at a time; what has lost its parent stays out."""
         now = self._clock.now()
-        found: dict[tuple[NamespaceId, BlockHash], Found] = {}
-        for segment, entries in scanned:
+        numbers = await to_thread.run_sync(Segment.numbers, self._directory)
+        waiting: dict[tuple[NamespaceId, BlockHash], Found] = {}
+        for number in numbers:
+            segment, found = await to_thread.run_sync(_scan, self._directory, number)
             self.counts.quarantined += segment.damaged
+            self._last = number
             if not segment.end:
                 continue  # nothing in it could be trusted; it is gone
-            self._segments[segment.number] = segment
-            self.index.open_segment(segment.number)
-            self.index.grow(segment.number, segment.end)
-            self._last = max(self._last, segment.number)
-            found.update(((each.head.header.namespace, each.head.header.hash), each) for each in entries)
-        for namespace, name in tuple(found):
-            chain = []
-            while (each := found.pop((namespace, name), None)) is not None:
-                chain.append(each)
-                name = each.head.parent  # noqa: PLW2901 - up to where the chain starts
-            for each in reversed(chain):
-                head = each.head
-                if self.index.can_add(namespace, head.parent, head.tenant):
-                    self.index.add(
-                        namespace, head.header.hash, head.parent, each.spot, tenant=head.tenant,
-                        codec=head.header.codec, now=max(0.0, now - (self._last - each.spot.segment)),
-                    )  # fmt: skip
+            self._segments[number] = segment
+            self.index.open_segment(number)
+            self.index.grow(number, segment.end)
+            used_at = max(0.0, now - (numbers[-1] - number))  # the older, the longer ago
+            for each in found:
+                if not self._take_in(each, used_at):
+                    waiting[each.namespace, each.hash] = each
+        for namespace, name in tuple(waiting):  # a parent that was copied forward stands after its children
+            chain: list[Found] = []
+            while (link := waiting.pop((namespace, name), None)) is not None:
+                chain.append(link)
+                name = link.parent  # noqa: PLW2901 - up to where the chain starts
+            for link in reversed(chain):
+                self._take_in(link, now)
         newest = self._segments.get(self._last)
         self._active = newest if newest is not None and newest.end < self._limits.segment_bytes else None
 
+    def _take_in(self, found: Found, used_at: float) -> bool:
+        if not self.index.can_add(found.namespace, found.parent, found.tenant):
+            return False
+        self.index.add(
+            found.namespace, found.hash, found.parent, found.spot, tenant=found.tenant, codec=found.codec, now=used_at
+        )  # fmt: skip
+        return True
 
-def _scan(directory: Path) -> list[tuple[Segment, list[Found]]]:
-    scanned = []
-    for number in Segment.numbers(directory):
-        segment = Segment(directory, number, create=False)
-        scanned.append((segment, list(segment.scan())))
-        if not segment.end:
-            segment.give_up(remove=True)
-    return scanned
+
+def _scan(directory: Path, number: int) -> tuple[Segment, list[Found]]:
+    segment = Segment(directory, number, create=False)
+    found = list(segment.scan())
+    if not segment.end:
+        segment.give_up(remove=True)
+    return segment, found
 
 
 def _new_segment(directory: Path, number: int) -> Segment:

@@ -24,17 +24,22 @@ from covey.policy.disk_record import (
     starts_record,
     unpack,
 )
-from covey.types.ids import BlockHash, NamespaceId
+from covey.types.ids import BlockHash, NamespaceId, TenantId
+from covey.types.kv import BlockCodec
 
 SUFFIX = ".kv"
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A record that a scan came upon."""
+    """A record that a scan came upon: no more of it than the index needs, for there may be millions."""
 
     spot: Spot
-    head: RecordHead
+    namespace: NamespaceId
+    hash: BlockHash
+    parent: BlockHash
+    tenant: TenantId
+    codec: BlockCodec
 
 
 class Segment:
@@ -102,16 +107,19 @@ class Segment:
         size = os.fstat(self._fd).st_size
         at = good = gap = 0
         while at < size:
-            found = self._found(at, size)
-            if found is None:
+            head = self._head(at, size)
+            if head is None:
                 gap += starts_record(self._read(at, RECORD_ALIGN)) or gap == 0
                 at += RECORD_ALIGN
                 continue
             self.damaged += gap
             gap = 0
-            at = good = found.spot.offset + found.spot.size_bytes
-            if not found.head.dead:
-                yield found
+            spot = Spot(self.number, at, -(-head.end // RECORD_ALIGN) * RECORD_ALIGN)
+            at = good = at + spot.size_bytes
+            if not head.dead:
+                yield Found(
+                    spot, head.header.namespace, head.header.hash, head.parent, head.tenant, head.header.codec
+                )  # fmt: skip
         if good < size:
             self.damaged += gap
             os.ftruncate(self._fd, good)
@@ -142,15 +150,13 @@ class Segment:
 
     # -- inside ------------------------------------------------------------------
 
-    def _found(self, at: int, size: int) -> Found | None:
+    def _head(self, at: int, size: int) -> RecordHead | None:
         for length in (RECORD_ALIGN, HEAD_BYTES_MAX):
             try:
                 head = read_head(self._read(at, length), self._place(at))
             except DataCorrupt:
                 continue
-            if at + head.end > size:
-                return None
-            return Found(Spot(self.number, at, -(-head.end // RECORD_ALIGN) * RECORD_ALIGN), head)
+            return head if at + head.end <= size else None
         return None
 
     def _place(self, offset: int) -> Place:

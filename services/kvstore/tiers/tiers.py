@@ -108,7 +108,10 @@ class Tiers:
 
         Then they are stored in memory all the same: the writer may commit again, and nothing is written twice.
         """
-        for name in hashes:
+        truth = self.below.tiers[-1]
+        for name in reversed(hashes):  # the last one brings all that it grows from, and what else is not yet synced
+            if name != hashes[-1] and truth.knows(namespace, name):
+                continue
             if not await self._demotion.copy_down(namespace, name, durable=True):
                 raise Unavailable("stored in memory, but no tier below takes it now", field="ack", retry_after_ms=1000)
 
