@@ -14,6 +14,7 @@ from covey.policy.reuse_guard import ALL_CHECKS, Check
 
 from .accounts import AccountsConfig
 from .minilm import PACKAGED
+from .tutor import TutorConfig
 
 EXAMPLES_MAX = 256
 NEVER = 1 << 62
@@ -101,6 +102,11 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     """A request that others wait for is given up when it has not answered for so long."""
     learnt: str = ""
     """A file of learnt decisions, as `python -m services.semcache.calibrate` writes it."""
+    examples_max: int = 20_000
+    """Earlier requests and answers kept for each tenant, to show to small models."""
+    examples_bytes_max: int = 67_108_864
+    shared_examples: bool = False
+    """One pool of examples for all tenants; what holds personal data stays out of it."""
     judge_share: float = 0.02
     """Share of the semantic hits that a judge, where there is one, looks at in the background."""
     pays_after: int = 200
@@ -160,6 +166,15 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     def guarded(self) -> frozenset[str]:
         """Return the categories whose guard the configuration switches on, whatever else decides."""
         return frozenset(name for name, category in self.categories.items() if category.guard)
+
+    def tutor(self) -> TutorConfig:
+        """Bounds of the examples that small models are shown."""
+        return TutorConfig(
+            entries_max=self.examples_max,
+            size_bytes_max=self.examples_bytes_max,
+            shared=self.shared_examples,
+            encode_s=self.encode_s,
+        )
 
     def policies(self) -> tuple[CategoryPolicy, ...]:
         """Return the default categories with what the configuration changes, and its own; raises `ValueError`."""
