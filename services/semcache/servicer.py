@@ -27,6 +27,7 @@ from covey.types.semcache import (
     RouteOutcome,
     RouteQuery,
     RouteReply,
+    Verdict,
     WarmReply,
     WatchCacheRequest,
 )
@@ -78,7 +79,7 @@ class SemCacheServicer:
         reply = await self._branch.lookup(request, **_by(call))
         if not request.examples_max or reply.answer is not None:
             return reply
-        return replace(reply, examples=await self._tutor.examples(request, reply.category))
+        return replace(reply, examples=await self._tutor.examples(request))
 
     async def offer(self, request: CacheOffer, call: Call) -> OfferReply:
         reply = await self._branch.offer(request, **_by(call))
@@ -93,6 +94,8 @@ class SemCacheServicer:
         return await self._cache.explain(request, timeout_s=call.remaining_s())
 
     async def feedback(self, request: FeedbackRequest, call: Call) -> Empty:
+        if request.verdict is not Verdict.RIGHT:
+            self._tutor.remove(request.tenant, request.entry)
         return await self._branch.feedback(request, **_by(call))
 
     async def invalidate(self, request: InvalidateRequest, call: Call) -> InvalidateReply:

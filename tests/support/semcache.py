@@ -42,6 +42,7 @@ from services.semcache.segment_files import SegmentFiles
 from services.semcache.servicer import SemCacheServicer
 from services.semcache.storage import open_store, quota_of
 from services.semcache.store import Store
+from services.semcache.tutor import Tutor
 from services.semcache.upkeep import Upkeep
 
 MODEL = "tiny"
@@ -156,6 +157,7 @@ async def running_cache(
             clock=clock,
             log=log,
         )
+        tutor = Tutor(embedder, config.tutor(), clock=clock, rng=Random(3))
         yield Parts(
             desk=desk,
             branch=branch,
@@ -163,7 +165,9 @@ async def running_cache(
             store=library.store,
             library=library,
             embedder=embedder,
-            servicer=SemCacheServicer(branch, embedder, model="all-MiniLM-L6-v2", embed_batch=8, embed_wait_s=5.0),
+            servicer=SemCacheServicer(
+                branch, embedder, tutor, model="all-MiniLM-L6-v2", embed_batch=8, embed_wait_s=5.0
+            ),
             upkeep=Upkeep(library, embedder, instruments, clock, every_s=config.sweep_s),
             status=status,
             metrics=metrics,
