@@ -11,7 +11,7 @@ import anyio
 from covey.actor import Ref
 from covey.codec import encode
 from covey.net.bus import Bus
-from covey.net.kv import KvClient, StoreNode, nodes_of
+from covey.net.kv import KvClient, KvClientConfig, StoreNode, nodes_of
 from covey.net.kv.agreed import AgreedRing
 from covey.net.kv.copier import Copier
 from covey.net.kv_events import kv_subject
@@ -46,7 +46,10 @@ class Meshed:
         self._bus = bus
         self._known = nodes_of(registry)
         self._self: StoreNode | None = None
-        client = KvClient(self._nodes, rt.channels, clock=rt.clock, boot_id=rt.host, agreed=lambda: ring.current)
+        settings = KvClientConfig(cold_wait_s=0.0)  # copies are of what is in memory, and need not be there too
+        client = KvClient(
+            self._nodes, rt.channels, clock=rt.clock, boot_id=rt.host, config=settings, agreed=lambda: ring.current
+        )
         copier = Copier(client, rt.worker, config.copy_limits())
         self._keeper = RingKeeper(
             registry, ring, worker=rt.worker, replicas=config.replicas, clock=rt.clock, limits=config.ring_limits()

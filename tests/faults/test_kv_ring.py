@@ -11,8 +11,9 @@ import pytest
 from covey.clock import MonotonicClock
 from covey.errors import Unavailable
 from covey.types.ids import WorkerId
-from covey.types.kv import TaskKind, TaskState
+from covey.types.kv import AckLevel, TaskKind, TaskState
 from tests.support.kv_mesh import Chain, KvMesh, chain_of, kv_mesh
+from tests.unit.kvstore.test_tiers_process import write
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
@@ -160,6 +161,25 @@ async def test_tasks_replicate_move_and_drain(tmp_path: Path) -> None:
         assert await second.read(direct) == 4
         await mesh.until_members("kv-1", "kv-2")
         assert await second.read(client) == 4
+
+
+async def test_a_replicated_commit_is_answered_once_the_copies_are_there(tmp_path: Path) -> None:
+    async with kv_mesh(tmp_path, "replicas=2", "copy_timeout_s=1.5") as mesh:
+        chain = (await _owned_by(mesh, "kv-0"))[0]
+        await write(mesh.channel("kv-0"), chain.key, chain.blocks, chain.data, AckLevel.REPLICATED)
+        (second,) = set(mesh.holders(chain)) - {"kv-0"}
+        copy = await mesh.client().lookup_on(WorkerId(second), chain.key, chain.names, owner="r", ttl_s=5)
+        assert len(copy.hashes) == 4
+        other = (await _owned_by(mesh, "kv-0"))[0]
+        while mesh.holders(other) != ["kv-0", second]:
+            other = (await _owned_by(mesh, "kv-0"))[0]
+        mesh.nodes[second].signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(Unavailable, match="stored here"):
+                await write(mesh.channel("kv-0"), other.key, other.blocks, other.data, AckLevel.REPLICATED)
+            assert await other.read(mesh.client()) == 4
+        finally:
+            mesh.nodes[second].signal(signal.SIGCONT)
 
 
 async def test_a_ring_outlives_nats_and_is_changed_when_it_is_back(tmp_path: Path) -> None:

@@ -156,6 +156,27 @@ async def test_without_replicas_a_lost_store_is_misses_and_rotten_blocks_are_com
         await assert_eventually(probe.holds_nothing, timeout_s=15)
 
 
+async def test_a_prefill_worker_killed_between_reserve_and_commit_is_replaced_and_its_blocks_written(
+    tmp_path: Path,
+) -> None:
+    bodies = _bodies(TINY, 6)
+    crash = {"prefill-0": {"COVEY_FAILPOINTS": "kv.before_commit=crash@1"}}
+    settings = (*_forgetful(TINY), "kvstore.cooling_s=0.5")
+    async with (
+        mesh_of(tmp_path, prefill=2, settings=settings, environments=crash) as mesh,
+        client_of(mesh) as client,
+        probing(mesh) as probe,
+    ):
+        disturbed, _ = await _ask_all(client, bodies)
+        assert not mesh.children["prefill-0"].running, "the failpoint was never reached"
+        texts, _ = await _ask_all(client, bodies)
+        assert texts == disturbed
+        await assert_eventually(probe.holds_nothing, timeout_s=20)
+        texts, loaded = await _ask_all(client, bodies)
+        assert texts == disturbed
+        assert loaded > 0
+
+
 async def _rot(mesh: Mesh, probe: Probe, name: str) -> int:
     """Flip a byte in every page of the store's arena that is in use."""
     info = await probe.to(name).call(KvStore.INFO, Empty(), timeout_s=CALL_S)

@@ -19,7 +19,7 @@ from covey.net.kv import KvClient, KvClientConfig, nodes_of
 from covey.net.kv.agreed import AgreedRing
 from covey.net.nats import NatsBus
 from covey.net.registry import Registry
-from covey.net.rpc import Channels
+from covey.net.rpc import Channel, Channels
 from covey.policy.rebalance import holders
 from covey.testing import assert_eventually
 from covey.types.common import Empty
@@ -122,6 +122,10 @@ class KvMesh:
             agreed=lambda: self.ring.current,
         )
 
+    def channel(self, name: str) -> Channel:
+        """Plain calls to a node."""
+        return self._channels.to(self.nodes[name].address)
+
     def holders(self, chain: Chain) -> list[str]:
         """Who should have a chain, the owner first."""
         assert self.ring.current is not None
@@ -158,7 +162,7 @@ class KvMesh:
         await assert_eventually(placed, timeout_s=timeout_s, every_s=0.1)
 
     async def stats(self, name: str) -> StoreStats:
-        return await self._channels.to(self.nodes[name].address).call(KvStore.STATS, Empty(), timeout_s=CALL_S)
+        return await self.channel(name).call(KvStore.STATS, Empty(), timeout_s=CALL_S)
 
     async def blocks(self) -> dict[str, int]:
         """How many blocks each running node has."""
@@ -166,7 +170,7 @@ class KvMesh:
 
     async def run_task(self, name: str, kind: TaskKind, **fields: Any) -> TaskStatus:
         """Start a task at a node and wait for its end."""
-        channel = self._channels.to(self.nodes[name].address)
+        channel = self.channel(name)
         status = await channel.call(KvStore.START, StartTask(kind=kind, tenant=TENANT, **fields), timeout_s=CALL_S)
         with anyio.fail_after(30):
             while status.state is TaskState.RUNNING:
