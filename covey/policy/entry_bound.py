@@ -15,6 +15,8 @@ QUANTILES = tuple(NormalDist().inv_cdf(1.0 - epsilon) for epsilon in GRID)
 NEWTON_STEPS = 25
 RIDGE = 1e-2
 """Weight of the prior on both coefficients: perfectly separated observations would drive them to infinity."""
+SLOPE = 1.0
+"""The slope, in tenths of similarity, that observations at one and the same similarity cannot tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +52,10 @@ def fit_entry(observations: tuple[tuple[float, bool], ...]) -> EntryFit | None:
     if len(observations) < OBSERVATIONS_MIN:
         return None
     scale, centre = 10.0, sum(s for s, _ in observations) / len(observations)
-    a, b = 0.0, 1.0
+    a, b = 0.0, SLOPE
     haa = hab = hbb = 1.0
     for _ in range(NEWTON_STEPS):
-        ga, gb, haa, hab, hbb = -RIDGE * a, -RIDGE * b, RIDGE, 0.0, RIDGE
+        ga, gb, haa, hab, hbb = -RIDGE * a, RIDGE * (SLOPE - b), RIDGE, 0.0, RIDGE
         for similarity, right in observations:
             x = (similarity - centre) * scale
             p = _sigmoid(a + b * x)
