@@ -61,11 +61,11 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Version:
-    """A payload as it will be stored, or why it will not be."""
+    """A payload as it may be stored, with the checksums of its layers and how far its numbers are off."""
 
-    payload: bytes = b""
-    sums: tuple[int, ...] = ()
-    error: float = 0.0
+    payload: bytes
+    sums: tuple[int, ...]
+    error: float
 
 
 class Recoder:
