@@ -20,7 +20,7 @@ from covey.types.ids import BlockHash, NamespaceId
 from .engine import Engine
 from .tier import ALL_CODECS, TierCounts
 
-PUT_BYTES_MAX = 8 << 20
+PUT_BYTES_MAX = 2 << 20
 """Bytes sent in one call; one block may be larger."""
 FIRST_ASKED = 16
 ASKED_MAX = 1024

@@ -118,7 +118,9 @@ class Tiers:
     async def save(self, within_s: float) -> int:
         """Copy down as much of memory as that time allows, for the next life of this node; returns how many blocks."""
         saved = 0
-        with anyio.move_on_after(within_s if self.below.tiers else 0):
+        if not self.below.tiers:
+            return saved
+        with anyio.move_on_after(within_s):
             for namespace, hashes in await self._memory.all_of(NamespaceId(b"")):
                 for name in hashes:
                     saved += await self._demotion.copy_down(namespace, name)
