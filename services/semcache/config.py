@@ -83,7 +83,8 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     """The most entries of one tenant; 0 is no limit of its own."""
     tenant_size_bytes_max: int = 0
     documents: str = ""
-    """Where entries are kept: empty for a folder of this worker under `run_dir`, a folder, or `memory:` for nowhere."""
+    """Where entries are kept: empty for a folder of this worker under `run_dir`, a folder, `redis://` or `valkey://`
+    for what a fleet shares, or `memory:` for nowhere."""
     documents_bytes_max: int = 4_294_967_296
     """The most that the documents may take on disk."""
     recent_bytes_max: int = 67_108_864

@@ -20,6 +20,7 @@ from .sqlite import SqliteDocuments
 from .store import Store
 
 MEMORY = "memory:"
+REDIS = ("redis://", "rediss://", "valkey://", "valkeys://")
 DOCUMENTS, INDEX = "documents.sqlite3", "index"
 
 
@@ -47,6 +48,12 @@ async def open_library(
 @asynccontextmanager
 async def open_documents(config: Config, clock: Clock, log: FilteringBoundLogger) -> AsyncIterator[Documents]:
     """Open the documents that `config` names for a block."""
+    if config.documents.startswith(REDIS):
+        from .redis_documents import RedisDocuments
+
+        async with RedisDocuments.open(config.documents, clock=clock, log=log) as shared:
+            yield shared
+        return
     folder = folder_of(config)
     if folder is None:
         yield MemoryDocuments()
@@ -70,10 +77,11 @@ def open_store(config: Config) -> Store:
 
 
 def folder_of(config: Config) -> Path | None:
-    """Where the documents and graphs of this worker lie; None when nothing is kept."""
+    """Where the documents and graphs of this worker lie; None when nothing is kept on this machine's disk."""
     if config.documents == MEMORY:
         return None
-    return Path(config.documents) if config.documents else Path(config.run_dir) / "semcache" / (config.worker or "own")
+    is_path = config.documents and not config.documents.startswith(REDIS)
+    return Path(config.documents) if is_path else Path(config.run_dir) / "semcache" / (config.worker or "own")
 
 
 def quota_of(policy: CategoryPolicy | None) -> tuple[int, int]:

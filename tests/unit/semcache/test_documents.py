@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 import structlog
 
-from covey.errors import FailedPrecondition, NoSpace
-from covey.testing import VirtualClock
+from covey.errors import FailedPrecondition, NoSpace, Unavailable
+from covey.testing import VirtualClock, assert_eventually, free_port
 from covey.types.generate import FinishReason
 from covey.types.ids import TenantId
 from services.semcache.documents import Documents, MemoryDocuments, Voided
 from services.semcache.entry import Document, Partition, Scope, Shelf
+from services.semcache.redis_documents import RedisDocuments
 from services.semcache.sqlite import SqliteDocuments
+from tests.support.engines_remote import REDIS
 
 ACME = TenantId("acme")
 MIB = 1 << 20
@@ -41,17 +44,51 @@ async def opened(
     if kind == "memory":
         yield MemoryDocuments()
         return
+    if kind == "redis":
+        if REDIS is None:
+            pytest.skip("redis-server is not installed")
+        async with redis_server() as url, RedisDocuments.open(url, clock=clock, log=structlog.get_logger()) as shared:
+            yield shared
+        return
     path = folder / "documents.sqlite3"
     async with SqliteDocuments.open(path, clock=clock, log=structlog.get_logger(), size_bytes_max=size_bytes_max) as it:
         yield it
+
+
+@asynccontextmanager
+async def redis_server() -> AsyncIterator[str]:
+    """A server of its own for a block."""
+    port = free_port()
+    command = [str(REDIS), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", "/"]
+    process = await anyio.open_process(command, stdout=None)
+    url = f"redis://127.0.0.1:{port}/0"
+    try:
+        await assert_eventually(partial(_answers, url), timeout_s=10)
+        yield url
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def _answers(url: str) -> bool:
+    try:
+        async with RedisDocuments.open(url, clock=VirtualClock(), log=structlog.get_logger()):
+            return True
+    except Unavailable:
+        return False
+
+
+async def _holds(documents: Documents, labels: list[int]) -> bool:
+    return await everything(documents) == labels
 
 
 async def everything(documents: Documents) -> list[int]:
     return [document.label async for batch in documents.load() for document in batch]
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
-async def test_what_was_put_is_there_whole_until_it_is_removed(kind: str, tmp_path: Path, clock: VirtualClock) -> None:
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "redis"])
+async def test_what_was_put_is_there_whole_until_it_is_removed(kind: str, tmp_path: Path) -> None:
+    clock = VirtualClock(wall_start=4e9)  # Redis has a clock of its own
     async with opened(kind, tmp_path, clock) as documents:
         kept = [document(label, stored_at=-label) for label in (1, 2, 2**61)]
         await documents.put(kept)
@@ -65,8 +102,9 @@ async def test_what_was_put_is_there_whole_until_it_is_removed(kind: str, tmp_pa
         assert [found.answer for found in await documents.get([2])] == ["another"]
         await documents.remove([2])
         documents.forget([1])
-        await documents.put([])
-        assert await everything(documents) == [2**61]
+        await documents.put([document(3, stored_at=1.0)])
+        await assert_eventually(partial(_holds, documents, [2**61, 3]))
+        await documents.remove([3])
         assert await documents.standing(ACME) == Voided()
         await documents.void(ACME, Voided(epoch=3, reign=1), [2**61])
         assert await everything(documents) == []
