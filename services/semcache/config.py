@@ -65,6 +65,8 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     listen: str = "127.0.0.1:0"
     encoder: str = PACKAGED
     """The packaged model, or the folder of another sentence-transformers model."""
+    encoder_onnx: str = ""
+    """An .onnx file of the same model, for ONNX Runtime where it is installed; empty runs it in torch."""
     preload: bool = True
     """Load the encoder at start, in the background; without it the first semantic look-up or Embed does, and waits."""
     encoder_threads: int = 1

@@ -30,7 +30,8 @@ from .journal import Journals
 from .learning import learn_categories
 from .learnt import read_learnt, with_models
 from .metrics import CacheMetrics
-from .minilm import PACKAGED, SentenceModel, find_model, fingerprint, verify
+from .minilm import PACKAGED, EncoderModel, SentenceModel, find_model, fingerprint, verify
+from .onnx_model import OnnxModel, file_fingerprint
 from .peers import ENCODER, Peers
 from .servicer import SemCacheServicer
 from .storage import open_library
@@ -127,6 +128,8 @@ def ready_peers(registry: Registry) -> tuple[WorkerRecord, ...]:
 
 async def encoder_id(config: Config, folder: Path) -> str:
     """What the encoder's vectors are filed under; the packaged one is checked when it is loaded."""
+    if config.encoder_onnx:
+        return f"{folder.name}+onnx:{await to_thread.run_sync(file_fingerprint, Path(config.encoder_onnx))}"
     if config.encoder == PACKAGED:
         return PACKAGED
     return f"{folder.name}:{await to_thread.run_sync(fingerprint, folder)}"
@@ -137,8 +140,11 @@ def log_crash(log: FilteringBoundLogger, name: str, error: Exception, restarting
     log.error("actor crashed", actor=name, error=type(error).__name__, restarting=restarting)
 
 
-def load_model(config: Config, folder: Path) -> SentenceModel:
-    """Check and load the encoder; takes seconds, for a thread. Raises what `verify` and `SentenceModel` raise."""
+def load_model(config: Config, folder: Path) -> EncoderModel:
+    """Check and load the encoder; takes seconds, for a thread. Raises what `verify` and the models raise."""
+    if config.encoder_onnx:
+        path = Path(config.encoder_onnx)
+        return OnnxModel(path, folder, threads=config.encoder_threads, batch_max=config.encode_batch)
     if config.encoder == PACKAGED:
         verify(folder)
     return SentenceModel(folder, threads=config.encoder_threads, batch_max=config.encode_batch)
