@@ -36,7 +36,7 @@ class RedisServer:
         return f"redis{'+cluster' if self._cluster else ''}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        cluster = ("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf") if self._cluster else ()
+        cluster = ("--cluster-enabled", "yes", "--cluster-port", str(free_port())) if self._cluster else ()
         self._process = subprocess.Popen(
             [str(REDIS), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
              "--dir", str(self._directory), *cluster],

@@ -27,7 +27,7 @@ def test_what_was_packed_is_read_back() -> None:
 @given(at=st.integers(0, len(PACKED) - 1), bit=st.integers(0, 7))
 def test_any_flipped_bit_that_matters_is_noticed(at: int, bit: int) -> None:
     head = read_head(PACKED, 0)
-    padding = range(len(pack_head(RECORD, 0).rstrip(b"\0")) + 1, head.payload_at)
+    padding = range(len(pack_head(RECORD, 0).rstrip(b"\0")), head.payload_at)
     data = bytearray(PACKED)
     data[at] ^= 1 << bit
     if at in padding:
