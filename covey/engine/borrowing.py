@@ -12,7 +12,7 @@ from anyio.from_thread import BlockingPortal
 
 from covey.clock import Clock
 from covey.codec.methods import Decode
-from covey.errors import CoveyError, NoSpace, Overloaded, Unavailable
+from covey.errors import CoveyError, Overloaded, Unavailable
 from covey.model.plan import Floats, Runner
 from covey.net.rpc import Channel
 from covey.policy.blocks import BlockPool
@@ -33,6 +33,8 @@ from .loan import Borrowed
 from .sequence import Sequence as Seq
 from .transfer import Spawn
 
+SUSPECT_S = 5.0
+"""How long a worker that failed is not asked to lend: the registry may still list it."""
 RETURN_TIMEOUT_S = 1.0
 """A loan that cannot be given back by then ends by itself."""
 
@@ -91,6 +93,7 @@ class Borrowing:
         self._neighbours = neighbours
         self._worker = worker
         self._used_at: dict[LeaseId, float] = {}
+        self._suspects: dict[WorkerId, float] = {}
         self.portal: BlockingPortal | None = None
         """How the step's thread reaches the event loop; set before anything runs."""
 
@@ -102,19 +105,26 @@ class Borrowing:
     async def move_out(self, seq: Seq) -> None:
         """Give all full blocks of a sequence but the last to creditors. No step may run the sequence meanwhile.
 
-        Raises Overloaded when nobody can keep them, and Unavailable when a creditor goes away.
+        Raises Overloaded when nobody can keep them.
         """
         size = self._runner.info.block_size
         base = seq.base
         count = max(1, (seq.computed - base) // size - 1)
         lenders = {each.worker: each for each in self._neighbours.lenders()}
-        places = place_shards(count, {name: each.lendable for name, each in lenders.items()})
-        if not places:
-            raise Overloaded(f"no worker can keep {count} blocks of a long context", retry_after_ms=1000)
+        lendable = {name: each.lendable for name, each in lenders.items() if not self._is_suspect(name)}
         first = 0
-        for worker, blocks in places:
-            await self._lend(seq, lenders[worker], seq.blocks[first : first + blocks])
-            first += blocks
+        while first < count:
+            places = place_shards(count - first, lendable)
+            if not places:
+                raise Overloaded(f"no worker can keep {count - first} blocks of a long context", retry_after_ms=1000)
+            worker, blocks = places[0]
+            try:
+                await self._lend(seq, lenders[worker], seq.blocks[first : first + blocks])
+            except CoveyError:  # it is gone, or has lent to somebody else meanwhile: ask the next one
+                self._suspect(worker)
+                del lendable[worker]
+                continue
+            first, lendable[worker] = first + blocks, lendable[worker] - blocks
         self._pool.release(seq.blocks[:count])
         self._pool.reserve(count)
         seq.blocks, seq.promised = seq.blocks[count:], seq.promised + count
@@ -137,12 +147,18 @@ class Borrowing:
                     self._used_at[loan.lease] = now
                     spawn(self._renew, seq.request.tenant, loan)
 
+    def _suspect(self, worker: WorkerId) -> None:
+        """Ask a worker for nothing, for a while."""
+        now = self._clock.now()
+        self._suspects = {name: until for name, until in self._suspects.items() if until > now}
+        self._suspects[worker] = now + SUSPECT_S
+
+    def _is_suspect(self, worker: WorkerId) -> bool:
+        return self._suspects.get(worker, 0.0) > self._clock.now()
+
     async def _lend(self, seq: Seq, lender: Lender, blocks: Sequence[int]) -> None:
         channel, timeout_s = self._neighbours.to(lender.address), self._limits.kv_timeout_s
-        try:
-            reply = await channel.upload(Decode.LEND, self._chunks(seq, blocks), timeout_s=timeout_s)
-        except NoSpace as error:
-            raise Overloaded("the creditor has no room left for a long context", retry_after_ms=1000) from error
+        reply = await channel.upload(Decode.LEND, self._chunks(seq, blocks), timeout_s=timeout_s)
         self._used_at[reply.lease] = self._clock.now()
         seq.borrowed.append(
             Borrowed(
@@ -171,7 +187,11 @@ class Borrowing:
         found: dict[LeaseId, tuple[Floats, Floats]] = {}
 
         async def one(loan: Borrowed) -> None:
-            found[loan.lease] = await self._attend(shards.tenant, loan, layer, q)
+            try:
+                found[loan.lease] = await self._attend(shards.tenant, loan, layer, q)
+            except CoveyError:
+                self._suspect(loan.worker)
+                raise
 
         try:
             async with anyio.create_task_group() as tasks:

@@ -25,7 +25,7 @@ from covey.net.rpc import Call, Channel, Channels, Handlers
 from covey.policy.batch_limits import BatchLimits
 from covey.testing import assert_eventually
 from covey.types.common import Empty
-from covey.types.generate import Failed, Finished, GenerateRequest
+from covey.types.generate import Event, Failed, Finished, GenerateRequest, Resume, Tokens
 from covey.types.ids import LeaseId, TenantId, WorkerId
 from covey.types.lend import AttendReply, AttendRequest, AttendRow, LendChunk, LendReply, ReturnRequest
 from tests.support.engines import Answer, assert_idle, collect, is_whole, plain, request_of, running_engine
@@ -318,3 +318,26 @@ def test_rows_of_a_runner_with_keys_elsewhere_draw_what_one_runner_draws(model: 
         ):
             assert token == expected_token
             assert value == pytest.approx(expected_value, abs=1e-4)
+
+
+async def test_after_a_loss_another_worker_goes_on_with_other_creditors(model: Model) -> None:
+    """As the gateway does: the same request, with what the client has; a creditor that is gone may still be listed."""
+    request = long_request()
+    async with site(model, (64, 64)) as here:
+        (address, _), emitted = here.lenders.engines["c0"], []
+
+        def watch(event: Event) -> None:
+            emitted.extend(event.ids if isinstance(event, Tokens) else ())
+            if len(emitted) == 5:
+                here.network.disconnect(address)
+
+        first = await collect(here.debtor, request, watch)
+        assert (first.last.code, first.last.retryable) == ("UNAVAILABLE", True)
+        text_offset = sum(len(event.text) for event in first.tokens)
+        again = plain(request, attempt=1, resume=Resume(emitted=first.ids, text_offset=text_offset))
+        rest = await collect(here.debtor, again)
+        assert isinstance(rest.last, Finished), rest.last
+        assert here.creditors[1].creditor.attended > 0
+        tally = model.teacher.judge(request.token_ids, first.ids + rest.ids)
+        assert tally.wrong == 0
+        assert len(first.ids + rest.ids) == OUTPUT
