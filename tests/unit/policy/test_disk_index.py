@@ -115,7 +115,7 @@ class DiskIndexMachine(RuleBasedStateMachine):
 
 
 TestDiskIndex = DiskIndexMachine.TestCase
-TestDiskIndex.settings = settings(stateful_step_count=40, deadline=None)
+TestDiskIndex.settings = settings(max_examples=settings().max_examples // 3, stateful_step_count=40, deadline=None)
 
 
 def test_a_block_takes_less_than_a_hundred_bytes() -> None:
