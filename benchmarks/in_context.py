@@ -87,10 +87,11 @@ def _held_out(pairs: Sequence[Pair], vector_of: VectorOf, rng: Random) -> _HeldO
     half = len(usable) // 2
     learnt = _Memory(vector_of)
     choice = ModelChoice(FEATURES, ModelChoiceConfig())
+    draws = np.random.default_rng(rng.getrandbits(64))
     arms = (Arm(model="small", cost=0.1), Arm(model="large", cost=1.0))
     for pair in usable[:half]:
         features = learnt.features(pair.text)
-        decision = choice.choose(features, arms, rng)
+        decision = choice.choose(features, arms, draws)
         earned = {name: getattr(pair, name) for name in {decision.model, decision.second} - {""}}
         for model, reward in earned.items():
             choice.observe(features, model, reward)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +61,7 @@ class ModelChoice:
         self._moment: dict[str, Features] = {}
         self._load: dict[str, float] = {}
 
-    def choose(self, context: Features, arms: Sequence[Arm], rng: Random) -> ModelDecision:
+    def choose(self, context: Features, arms: Sequence[Arm], rng: np.random.Generator) -> ModelDecision:
         """Take the arm with the best score; draw the second by Thompson sampling where the scores are close.
 
         Raises `ValueError` for no arms, or a context of another size.
@@ -110,10 +109,10 @@ class ModelChoice:
         bias = config.load_bias * math.tanh(config.load_gain * max(0.0, load - config.load_threshold)) * arm.cost
         return self.reward(context, arm.model) - config.cost_weight * arm.cost - bias
 
-    def _drawn(self, context: Features, arm: Arm, rng: Random) -> float:
+    def _drawn(self, context: Features, arm: Arm, rng: np.random.Generator) -> float:
         precision, _ = self._arm(arm.model)
         spread = math.sqrt(max(0.0, float(context @ np.linalg.solve(precision, context))))
-        return self.reward(context, arm.model) - self._config.cost_weight * arm.cost + spread * rng.gauss(0.0, 1.0)
+        return self.reward(context, arm.model) - self._config.cost_weight * arm.cost + spread * float(rng.normal())
 
     def _arm(self, model: str) -> tuple[Features, Features]:
         """An arm's books; one that never was observed expects a reward of nothing and is unsure of it."""

@@ -67,7 +67,15 @@ class Answering:
             if query is not None and is_new and is_whole and can_fill(completion.job.cache):
                 relay, flight = choice.relay, choice.take_flight()
                 prompt_tokens = outcome.usage.prompt_tokens
-                self._answers.offer(query, relay.text, relay.ids, outcome.reason, prompt_tokens, flight=flight)
+                self._answers.offer(
+                    query,
+                    relay.text,
+                    relay.ids,
+                    outcome.reason,
+                    prompt_tokens,
+                    flight=flight,
+                    shown=completion.job.shown,
+                )
         finally:
             if query is not None:  # refused, failed, cut off, or answered by something similar after all
                 self._answers.abandon(query, choice.take_flight())
@@ -146,6 +154,7 @@ class Answering:
             migrations=seq.migrations,
             worker=target.worker,
             pinned_blocks=pinned,
+            text=choice.relay.text,
         )
 
     async def _pin(self, job: Job, finished: Finished, target: Target) -> int:

@@ -86,7 +86,7 @@ def query_for(
         exact = _key("exact", shape, token_ids)
     elif seeded:
         exact = _key("exact", shape, token_ids, sampling.seed)
-    is_free = not grammar and not prompt.tools  # else the last turn does not say all that was asked
+    is_free = not grammar and not prompt.tools and not job.shown  # else the last turn does not say all that was asked
     text, context, turns = _last_turn(prompt.messages) if is_free else ("", (), ())
     if not exact and not text:
         return None
@@ -163,8 +163,12 @@ class Answers:
         prompt_tokens: int,
         *,
         flight: str = "",
+        shown: tuple[str, ...] = (),
     ) -> None:
-        """Let semcache keep a finished answer and hand it to those who wait for it, in the background."""
+        """Let semcache keep a finished answer and hand it to those who wait for it, in the background.
+
+        `shown` are the entries that the model was shown as examples.
+        """
         address = self._fleet.service(Role.SEMCACHE)
         if address is None or not text or len(text) > VALUE_CHARS_MAX:
             self.abandon(query, flight)
@@ -177,6 +181,7 @@ class Answers:
             prompt_tokens=prompt_tokens,
             completion_tokens=len(ids),
             flight=flight,
+            examples=shown,
         )
         channel = self._channels.to(address)
         self._errands.run(lambda: channel.call(SemCache.OFFER, offer, timeout_s=5.0), "offer")

@@ -33,12 +33,16 @@ from .gate import Gate
 from .http.app import build_app
 from .http.generations import Generations
 from .http.operations import Operations
+from .in_context import InContext
 from .metrics import Metrics
 from .models import Catalog, Model
 from .programs.programs import Programs
 from .remote import RemoteModels
 from .rpc.inference import InferenceServicer
 from .rpc.programs import ProgramsServicer
+
+SECOND_ANSWERS_MAX = 4
+"""Second answers under way that teach the choice of a model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +112,7 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
                 rates=Rates(_rates(config), clock.now()),
             ),
             answering=answering,
+            in_context=await stack.enter_async_context(_in_context(config, around, fleet)),
             remote=RemoteModels(client, around.remote_keys, clock).run,
             metrics=metrics,
             clock=clock,
@@ -131,6 +136,13 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
             completions=completions,
             programs=programs,
         )
+
+
+@asynccontextmanager
+async def _in_context(config: Config, around: Surroundings, fleet: Fleet) -> AsyncIterator[InContext]:
+    settings = config.in_context
+    async with Errands.open(errands_max=SECOND_ANSWERS_MAX, timeout_s=settings.second_s) as second_answers:
+        yield InContext(around.channels, fleet, around.clock, second_answers, settings)
 
 
 def _rates(config: Config) -> dict[TenantId, Rate]:

@@ -15,10 +15,11 @@ from covey.errors import CoveyError
 from covey.net.tasks import background_tasks
 from covey.telemetry import log_context
 from covey.types.generate import Timings, Usage
-from covey.types.program import ChoiceDone, Completed
+from covey.types.program import ChoiceDone, Completed, Delta
 
 from .answering import Answering
 from .gate import Gate
+from .in_context import Chosen, InContext
 from .job import Job, Outcome, add_timings
 from .metrics import Metrics
 from .models import Catalog, LocalModel, RemoteModel
@@ -44,6 +45,7 @@ class Completions:
         catalog: Catalog,
         gate: Gate,
         answering: Answering,
+        in_context: InContext,
         remote: Relayed,
         metrics: Metrics,
         clock: Clock,
@@ -54,6 +56,7 @@ class Completions:
         self._catalog = catalog
         self._gate = gate
         self._answering = answering
+        self._in_context = in_context
         self._remote = remote
         self._metrics = metrics
         self._clock = clock
@@ -64,19 +67,28 @@ class Completions:
     @asynccontextmanager
     async def open(self, job: Job) -> AsyncIterator[Completion]:
         """Start a job and own it for a block; iterating raises what it failed with. Raises NotFound for the model."""
+        chosen = await self._in_context.choose(job)
+        job = chosen.job
         model = self._catalog.find(job.model)
         completion = Completion(job, model.name, int(self._clock.wall()), self._stream_events_max)
         ids = {"request_id": job.request_id} | ({"program_id": job.program_id} if job.program_id else {})
         async with background_tasks() as tg:
             with log_context(**ids):
-                tg.start_soon(self._produce, completion, model)
+                tg.start_soon(self._produce, completion, model, chosen)
             yield completion
 
-    async def _produce(self, completion: Completion, model: LocalModel | RemoteModel) -> None:
+    async def text(self, job: Job) -> str:
+        """Run a job and return the text of its first choice. Raises what it failed with."""
+        async with self.open(job) as completion:
+            pieces = [event.text async for event in completion if isinstance(event, Delta) and event.index == 0]
+        return "".join(pieces)
+
+    async def _produce(self, completion: Completion, model: LocalModel | RemoteModel, chosen: Chosen) -> None:
         began = self._clock.now()
         code = "CANCELLED"
         try:
-            await self._run(completion, model, began)
+            outcomes = await self._run(completion, model, began)
+            self._in_context.finished(chosen, outcomes[0], self.text)
             code = "OK"
             completion.pipe.end()
         except CoveyError as error:
@@ -96,13 +108,13 @@ class Completions:
                 "request ended", code=code, model=model.name, tenant=completion.job.tenant, took_s=round(took_s, 3)
             )
 
-    async def _run(self, completion: Completion, model: LocalModel | RemoteModel, began: float) -> None:
+    async def _run(self, completion: Completion, model: LocalModel | RemoteModel, began: float) -> tuple[Outcome, ...]:
         job = completion.job
         if isinstance(model, RemoteModel):
             async with self._gate.permit(job.request_id, job.tenant, deadline_at=job.deadline_at):
                 outcome = await self._remote(completion, model)
             self._finish(completion, outcome.usage, outcome.timings, (outcome,))
-            return
+            return (outcome,)
         planned = await plan(job, model, self._catalog, self._rng)
         cost = float(len(planned))
         async with self._gate.permit(job.request_id, job.tenant, deadline_at=job.deadline_at, cost=cost) as waited_s:
@@ -110,6 +122,7 @@ class Completions:
         outcomes = tuple(e.outcome for e in ended)
         timings = add_timings(_longest(outcomes), Timings(queue_s=waited_s))
         self._finish(completion, _total(ended), timings, outcomes)
+        return outcomes
 
     async def _answer_all(
         self, completion: Completion, model: LocalModel, planned: tuple[Planned, ...], began: float

@@ -102,6 +102,20 @@ class DispatchSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     heartbeat_s: Positive = 10.0
 
 
+class InContextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A model name that stands for several: each request goes to one of them, small ones with earlier answers shown."""
+
+    name: str = "auto"
+    models: tuple[str, ...] = ()
+    """The models to choose from, the cheapest first; empty: there is no such name."""
+    examples_max: Annotated[int, msgspec.Meta(ge=0, le=16)] = 3
+    example_tokens_max: Annotated[int, msgspec.Meta(ge=0)] = 768
+    deadline_s: Positive = 0.25
+    """Of each question to semcache; later ones go on without: the last of `models` answers."""
+    second_s: Positive = 60.0
+    """How long the second answer of a request may take that teaches the choice."""
+
+
 class ProgramSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Bounds of programs held in memory."""
 
@@ -130,11 +144,16 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     pinning: PinSettings = PinSettings()
     dispatch: DispatchSettings = DispatchSettings()
     programs: ProgramSettings = ProgramSettings()
+    in_context: InContextSettings = InContextSettings()
 
     def __post_init__(self) -> None:
         names = [m.name for m in self.models]
         if len(set(names)) != len(names):
             raise ValueError("models: two models have the same name")
+        if unknown := [name for name in self.in_context.models if name not in names]:
+            raise ValueError(f"in_context.models: no model {unknown[0]!r} in models")
+        if self.in_context.models and self.in_context.name in names:
+            raise ValueError("in_context.name: a model of models has this name")
         if self.default_model and self.default_model not in names:
             raise ValueError(f"default_model: no model {self.default_model!r} in models")
         if self.pinning.unknown_s > self.pinning.ttl_max_s:

@@ -53,6 +53,8 @@ class Job:
     sticky: WorkerId = WorkerId("")
     """The decode worker that holds the program's prefix."""
     hints: Mapping[str, str] = field(default_factory=dict)
+    shown: tuple[str, ...] = ()
+    """Entries of semcache that the last turn shows as examples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ class Outcome:
     migrations: int = 0
     worker: WorkerId = WorkerId("")
     pinned_blocks: int = 0
+    text: str = ""
 
 
 def add_timings(a: Timings, b: Timings) -> Timings:

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import anyio
+import numpy as np
 from numpy.typing import NDArray
 
 from covey.clock import Clock
@@ -61,6 +62,7 @@ class Tutor:
         self._config = config
         self._clock = clock
         self._rng = rng
+        self._draws = np.random.default_rng(rng.getrandbits(64))
         self._pools: OrderedDict[TenantId, ExamplePool] = OrderedDict()
         self._choices: OrderedDict[TenantId, ModelChoice] = OrderedDict()
         self._decisions: OrderedDict[str, _Decision] = OrderedDict()
@@ -130,7 +132,7 @@ class Tutor:
             Arm(model=model, cost=i / last, load=query.load[i] if i < len(query.load) else 0.0)
             for i, model in enumerate(query.models)
         ]
-        chosen = self._choice(query.tenant).choose(features, arms, self._rng)
+        chosen = self._choice(query.tenant).choose(features, arms, self._draws)
         decision = f"{self._rng.getrandbits(128):032x}"
         self._decisions[decision] = _Decision(
             tenant=query.tenant, text=query.text, vector=vector, features=features, models=query.models,

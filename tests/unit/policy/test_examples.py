@@ -155,19 +155,19 @@ def _taught(config: ModelChoiceConfig) -> ModelChoice:
 
 def test_the_small_model_gets_what_it_can_do() -> None:
     choice = _taught(ModelChoiceConfig())
-    assert choice.choose(np.array([1.0, 1.0]), _arms(), Random(1)).model == "small"
-    assert choice.choose(np.array([1.0, 0.0]), _arms(), Random(1)).model == "large"
+    assert choice.choose(np.array([1.0, 1.0]), _arms(), np.random.default_rng(1)).model == "small"
+    assert choice.choose(np.array([1.0, 0.0]), _arms(), np.random.default_rng(1)).model == "large"
 
 
 def test_load_on_the_large_model_moves_work_to_the_small_one_and_only_over_the_threshold() -> None:
     choice = _taught(ModelChoiceConfig(cost_weight=0.1, load_smoothing=1.0))
     hard = np.array([1.0, 0.0])
-    assert choice.choose(hard, _arms(0.99), Random(1)).model == "large"
-    assert choice.choose(hard, _arms(50.0), Random(1)).model == "small"
+    assert choice.choose(hard, _arms(0.99), np.random.default_rng(1)).model == "large"
+    assert choice.choose(hard, _arms(50.0), np.random.default_rng(1)).model == "small"
 
 
 def test_a_second_answer_is_asked_for_only_while_the_scores_are_close() -> None:
     fresh, taught = ModelChoice(2), _taught(ModelChoiceConfig(temperature=0.1))
     free = [Arm(model="small", cost=0.0), Arm(model="large", cost=0.0)]
-    assert fresh.choose(np.array([1.0, 1.0]), free, Random(1)).second
-    assert not taught.choose(np.array([1.0, 0.0]), free, Random(1)).second
+    assert fresh.choose(np.array([1.0, 1.0]), free, np.random.default_rng(1)).second
+    assert not taught.choose(np.array([1.0, 0.0]), free, np.random.default_rng(1)).second
