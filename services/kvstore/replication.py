@@ -19,9 +19,9 @@ from .event_log import EventLog
 from .spreading import Duties, Spread, Spreader
 from .tasks import Progress
 
-RETRY_S: Final = 2.0
-TRIES_MAX: Final = 3
-"""A node that stays out of reach leaves the ring, and that starts over."""
+RETRY_S: Final = 1.0
+TRIES_MAX: Final = 6
+"""The pause doubles, so half a minute in all. A node that stays out of reach leaves the ring, and that starts over."""
 LOOK_S: Final = 1.0
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Replication:
     async def _settle(self, ring: RingVersion, done: anyio.CancelScope) -> None:
         before = self._settled
         late = 0
-        for _ in range(TRIES_MAX):
+        for tried in range(TRIES_MAX):
             try:
                 spread = await self._spreader.sweep(
                     lambda namespace, root: duty(self._worker, ring, namespace, root, before=before)
@@ -95,7 +95,7 @@ class Replication:
             else:
                 if not late:
                     break
-            await anyio.sleep(RETRY_S)
+            await anyio.sleep(RETRY_S * 2**tried)
         if late:
             log.warning("ring %d: %d blocks are not where it wants them", ring.version, late)
         self._settled = ring

@@ -50,6 +50,13 @@ async def test_a_killed_node_of_three_with_two_replicas_costs_no_block_and_the_c
         assert mesh.version == version + 1
         await mesh.until_copied(chains)
         assert [await chain.read(mesh.client("grpc")) for chain in chains] == [4] * 12
+        again = survivors[0]
+        mesh.nodes[again].kill()
+        await mesh.start(again)  # before anybody missed it: another life, with an empty memory
+        await mesh.until_copied(chains)
+        assert mesh.version > version + 1
+        await mesh.until_members(*survivors)
+        assert [await chain.read(client) for chain in chains] == [4] * 12
 
 
 async def test_a_killed_node_without_replicas_is_misses_only_and_hits_recover_as_blocks_are_written_again(

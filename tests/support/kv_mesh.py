@@ -15,6 +15,7 @@ from anyio import to_thread
 
 from covey.clock import MonotonicClock
 from covey.codec.methods import KvStore
+from covey.errors import CoveyError
 from covey.net.kv import KvClient, KvClientConfig, nodes_of
 from covey.net.kv.agreed import AgreedRing
 from covey.net.nats import NatsBus
@@ -138,7 +139,10 @@ class KvMesh:
             ring = self.ring.current
             if ring is None or {member.worker for member in ring.members} != set(names):
                 return False
-            return all([(await self.stats(name)).ring_version == ring.version for name in names])
+            try:
+                return all([(await self.stats(name)).ring_version == ring.version for name in names])
+            except CoveyError:  # a channel to a node that was away connects again after a while
+                return False
 
         await assert_eventually(agreed, timeout_s=timeout_s)
 
@@ -152,11 +156,15 @@ class KvMesh:
             return len(held.hashes)
 
         async def placed() -> bool:
-            for chain in chains:
-                owners = self.holders(chain)
-                for name, node in self.nodes.items():
-                    if node.running and await count(chain, name) != (len(chain.blocks) if name in owners else 0):
-                        return False
+            running = [name for name, node in self.nodes.items() if node.running]
+            try:
+                for chain in chains:
+                    owners = self.holders(chain)
+                    for name in running:
+                        if await count(chain, name) != (len(chain.blocks) if name in owners else 0):
+                            return False
+            except CoveyError:
+                return False
             return True
 
         await assert_eventually(placed, timeout_s=timeout_s, every_s=0.1)
