@@ -11,6 +11,7 @@ from random import Random
 import anyio
 import numpy as np
 import structlog
+from anyio import to_thread
 
 from benchmarks.cache_rules import Outcomes, VectorOf
 from benchmarks.cache_sets import Question
@@ -123,7 +124,8 @@ async def play(
     each question: an answer of an earlier version is stale.
     """
     clock = clock or MonotonicClock()
-    log, status, metrics = structlog.get_logger(), EncoderStatus(), CacheMetrics(Metrics())
+    log, status = structlog.get_logger(), EncoderStatus()
+    metrics = CacheMetrics(await to_thread.run_sync(Metrics))  # it reads /proc
     config = Config(entries_max=ENTRIES_MAX, size_bytes_max=1 << 34)
     library = Library(
         open_store(config), MemoryDocuments(), encoder="bench", recent_bytes_max=1 << 33, clock=clock, log=log
@@ -152,7 +154,7 @@ async def play(
         if examples is not None:
             found = {name: [vector_of(text) for text in texts] for name, texts in examples.items()}
             known = {name: [vector for vector in vectors if vector is not None] for name, vectors in found.items()}
-            cache.learn(known, floor=config.classify_floor)
+            cache.learn(known, floor=0.0)  # nothing foreign is asked here
         upkeep = Upkeep(library, embedder, metrics, MonotonicClock(), every_s=config.sweep_s)
         async with anyio.create_task_group() as tg:
             tg.start_soon(upkeep.run)
