@@ -84,6 +84,12 @@ class Arena:
         self._find(offset)
         self._retired.add(offset)
 
+    def extent_of(self, offset: int) -> tuple[int, int, int]:
+        """Return where the extent of a slot in use begins and ends, and how many of its slots are in use."""
+        extent, _ = self._find(offset)
+        start = extent.first * self.extent_bytes
+        return start, start + extent.span * self.extent_bytes, extent.slots - len(extent.free)
+
     def is_retired(self, offset: int) -> bool:
         return offset in self._retired
 

@@ -14,9 +14,10 @@ from covey.policy.arena import PAGE_BYTES, Arena
 from covey.policy.block_columns import NONE, BlockColumns, BlockState, Rows, words_of
 from covey.policy.block_table import BlockTable
 from covey.policy.changes import Changes
-from covey.policy.evictable import AT_ONCE_MAX, Evictable, Pool, Worth
+from covey.policy.evictable import Evictable
+from covey.policy.eviction import Eviction
 from covey.policy.lineage import Lineage
-from covey.policy.retention import Candidates, Retention
+from covey.policy.retention import Retention
 from covey.policy.slot import slot_bytes
 from covey.policy.spaces import Space, Spaces
 from covey.policy.tenant_ledger import TenantLedger
@@ -26,8 +27,6 @@ from covey.types.kv import BlockCodec, BlockShape, KvEventKind
 CODECS = tuple(BlockCodec)
 """By the number that the columns hold."""
 RAW = CODECS.index(BlockCodec.RAW)
-READS_MAX = np.uint16(60_000)
-"""Further reads are not counted."""
 _COMMITTED = int(BlockState.COMMITTED)
 
 
@@ -58,7 +57,10 @@ class Shelf:
         self.lineage = Lineage(self.columns)
         self.table = BlockTable(self.columns)
         self.evictable = Evictable(self.columns)
-        self._retention = retention
+        self.eviction = Eviction(
+            columns=self.columns, arena=arena, evictable=self.evictable, lineage=self.lineage, tenants=tenants,
+            retention=retention,
+        )  # fmt: skip
         self.spaces = Spaces()
         self._cooling: deque[tuple[float, int]] = deque()
         self._generation = 0
@@ -129,9 +131,7 @@ class Shelf:
         """Keep blocks, each named once, for one more lease; `read`: somebody asked for them; `now` None: nobody did."""
         columns = self.columns
         if read and now is not None:
-            reads = columns.reads.take(rows)
-            self._retention.read(now - columns.last_used.take(rows), reads)
-            columns.reads[rows] = reads + (reads < READS_MAX)
+            self.eviction.read(rows, now)
         if now is not None:
             columns.last_used[rows] = now
         before = columns.held.take(rows)
@@ -251,10 +251,6 @@ class Shelf:
 
     # -- views -------------------------------------------------------------------
 
-    def coldest(self, count: int, now: float) -> list[int]:
-        """Return the blocks that would be evicted next, worst first."""
-        return self.evictable.all.worst(count, self._worth(now), sample=max(4 * count, 1024))
-
     def shared(self, first: int, last: int) -> Iterator[tuple[NamespaceId, Rows]]:
         """Yield the visible shared blocks among rows `first` to `last`, by namespace, parents first."""
         columns = self.columns
@@ -284,8 +280,7 @@ class Shelf:
                 break
             if row != NONE:
                 self.columns.give_back(row)
-            pool = self._victims(size)
-            if pool is None or not self._evict_from(pool, wanted, now):
+            if not self._evict_all(self.eviction.for_room(size, wanted, now), now):
                 return NONE
         columns = self.columns
         self._generation += 1
@@ -302,50 +297,21 @@ class Shelf:
         """Bring a tenant to where one more slot fits its quota: its own blocks go. Raises `QuotaExceeded`."""
         quota_bytes = self.tenants.quota_bytes(tenant)
         while 0 < quota_bytes < self.tenants.used_bytes(tenant) + size:
-            account = self.tenants.account(tenant) if self.tenants.used_bytes(tenant) else None
-            pool = self.evictable.of_tenant(account.number) if account is not None else None
-            if pool is None or not self._evict_from(pool, wanted, now):
+            own = self.eviction.of_tenant(tenant, wanted, now) if self.tenants.used_bytes(tenant) else []
+            if not self._evict_all(own, now):
                 raise QuotaExceeded(f"the quota of {tenant} at this store is {quota_bytes} bytes, all leased or pinned")
 
-    def _victims(self, size: int) -> Pool | None:
-        """Tenants over their quota first; then blocks of this size once it has its fair share; else any."""
-        for number in self.tenants.over:
-            pool = self.evictable.of_tenant(number)
-            if pool is not None:
-                return pool
-        own = self.evictable.of_size(size // PAGE_BYTES)
-        if own is not None and self.arena.bytes_of(size) >= self.arena.capacity_bytes // max(1, self.arena.sizes):
-            return own
-        return self.evictable.all if len(self.evictable) else None
-
-    def _evict_from(self, pool: Pool, wanted: int, now: float) -> int:
-        count = max(1, min(wanted, AT_ONCE_MAX, len(pool) // 8))
-        victims = pool.worst(count, self._worth(now))
-        for row in victims:
+    def _evict_all(self, rows: list[int], now: float) -> bool:
+        for row in rows:
             self._evict(row, now)
-        return len(victims)
-
-    def _worth(self, now: float) -> Worth:
-        columns = self.columns
-
-        def worth(rows: Rows) -> NDArray[np.float64]:
-            blocks = Candidates(
-                idle_s=now - columns.last_used[rows],
-                reads=columns.reads[rows].astype(np.int64),
-                depth=columns.depth[rows].astype(np.int64),
-                slot_bytes=columns.pages[rows].astype(np.int64) * PAGE_BYTES,
-                below=columns.below[rows] == 1,
-            )
-            return self._retention.worth(blocks)
-
-        return worth
+        return bool(rows)
 
     def _evict(self, row: int, now: float) -> None:
         columns = self.columns
         self.counts.evictions += 1
         kind = KvEventKind.MOVED if columns.at_below[row] else KvEventKind.EVICTED
         self.changes.note(kind, [row], self.space_of(row).namespace)
-        self._retention.evicted(now - columns.at_last_used[row], columns.at_reads[row])
+        self.eviction.evicted(row, now)
         parent = self._hide(row)
         offset = columns.offset(row)
         self._forget(row)

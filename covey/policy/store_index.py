@@ -247,7 +247,7 @@ class StoreIndex:
     def coldest(self, count: int, now: float) -> tuple[Placed, ...]:
         """Return the blocks that would be evicted next, worst first; changes nothing but what has expired."""
         self.expire(now)
-        return tuple(placed(self._shelf, row) for row in self._shelf.coldest(count, now))
+        return tuple(placed(self._shelf, row) for row in self._shelf.eviction.coldest(count, now))
 
     def visible(self, namespace: NamespaceId, hashes: Sequence[BlockHash]) -> tuple[Placed, ...]:
         """Return those of the named shared blocks that are stored, without leasing or touching them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tracemalloc
 
+import pytest
+
 from covey.policy.arena import PAGE_BYTES, Arena
 from covey.policy.retention import ReuseValue
 from covey.policy.store_index import StoreIndex, StoreLimits
@@ -44,6 +46,7 @@ def fill(index: StoreIndex, number: int) -> None:
     index.drain_changes()
 
 
+@pytest.mark.timeout(900)
 def test_a_block_takes_at_most_256_bytes_of_the_index() -> None:
     tracemalloc.start()
     try:
