@@ -57,7 +57,7 @@ def test_an_extent_with_a_leased_block_is_left_alone() -> None:
 def test_what_grows_from_a_block_in_the_extent_goes_too() -> None:
     index = StoreIndex(arena=Arena(16 * EXTENT, extent_bytes=EXTENT), epoch=7, name="s")
     let_go = [chain(1)[:8], chain(0)[:8], chain(1)[8:], chain(0)[8:]]
-    # Extents: the start of chain 1 and what is leased; the start of 0 and the end of 1; the end of 0 and what is leased.
+    # Extents: the start of 1 and what is leased; the start of 0 and the end of 1; the end of 0 and what is leased.
     for part in (let_go[0], chain(20)[:8], *let_go[1:], chain(21)[:8], *map(chain, range(2, 15))):
         reply = reserve(index, part, ttl_s=1000.0)
         commit(index, reply.lease, [grant.hash for grant in reply.grants])
