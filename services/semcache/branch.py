@@ -323,14 +323,20 @@ class Branch:
 
     async def _check_often(self) -> None:
         """Take over from writers that are gone before anybody asks, and follow those who took over from here."""
+        seen = self._peers.names()
         while True:
             await anyio.sleep(CHECK_S)
+            names = self._peers.names()
+            if names == seen and not self._taking:
+                continue
+            seen = names
             for tenant in tuple(self._replicas):
                 if self._writer(tenant) is None:
                     await self._reign(tenant)
             for tenant in tuple(self._reigns):
                 if self._writer(tenant) is not None:
                     self._follow(tenant)
+                await anyio.lowlevel.checkpoint()
 
     def _want(self, tenant: TenantId, epoch: int) -> None:
         if tenant not in self._wanted and len(self._wanted) >= TENANTS_MAX:

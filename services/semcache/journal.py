@@ -17,7 +17,7 @@ from .entry import entry_id
 from .library import Library
 from .transfer import record_of
 
-RING = 8192
+RING = 1024
 """Changes kept for replicas that fall behind; who misses more gets a snapshot."""
 BEAT_S = 1.0
 """A replica hears from its writer at least this often."""
@@ -43,17 +43,21 @@ class Journal:
     seq: int = 0
     ring: deque[_Change] = field(default_factory=lambda: deque(maxlen=RING))
     changed: anyio.Event = field(default_factory=anyio.Event)
+    watching: int = 0
     is_closed: bool = False
 
     def write(self, kind: CacheEventKind, labels: tuple[int, ...] = (), voided: int = 0) -> None:
         """Number a change and wake who follows."""
         self.seq += 1
-        self.ring.append(_Change(self.seq, kind, labels, voided))
-        self.wake()
+        if self.watching:
+            self.ring.append(_Change(self.seq, kind, labels, voided))
+            self.wake()
+        elif self.ring:
+            self.ring.clear()
 
     def since(self, seq: int) -> list[_Change] | None:
         """The changes after `seq`; None when some of them are gone, or are of another time."""
-        if seq > self.seq or (seq < self.seq and self.ring[0].seq > seq + 1):
+        if seq > self.seq or (seq < self.seq and (not self.ring or self.ring[0].seq > seq + 1)):
             return None
         return [change for change in self.ring if change.seq > seq]
 
@@ -104,8 +108,16 @@ class Journals:
         without entries at other times only says that the writer lives. Ends with `FailedPrecondition` when the reign
         does.
         """
+        journal = self._journals[request.tenant]
+        journal.watching += 1
+        try:
+            async for event in self._watch(request, journal):
+                yield event
+        finally:
+            journal.watching -= 1
+
+    async def _watch(self, request: WatchCacheRequest, journal: Journal) -> AsyncIterator[CacheEvent]:
         tenant = request.tenant
-        journal = self._journals[tenant]
         seq = request.seq if request.epoch == journal.reign else -1
         while True:
             changes = journal.since(seq) if seq >= 0 else None

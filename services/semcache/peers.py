@@ -22,6 +22,10 @@ class Peers:
         self._members = members
         self.me = me
 
+    def names(self) -> frozenset[WorkerId]:
+        """Who else is there."""
+        return frozenset(record.worker for record in self._members()) - {self.me}
+
     def rank(self, tenant: TenantId) -> tuple[WorkerRecord | None, ...]:
         """All processes by preference for a tenant, the writer first; None is this one.
 
