@@ -100,7 +100,7 @@ def play_entry_bound(stream: Stream, delta: float) -> Outcomes:
             continue
         entry, similarity = found
         is_right = bool(stream.answers[entry] == stream.answers[index])
-        if bounds.serves(str(entry), similarity, rng):
+        if bounds.serves(str(entry), similarity, rng.random()):
             outcomes[index] = RIGHT if is_right else FALSE
         else:
             bounds.observe(str(entry), similarity, right=is_right)

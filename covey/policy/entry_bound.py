@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from random import Random
 from statistics import NormalDist
 
 OBSERVATIONS_MIN = 6
@@ -118,9 +117,9 @@ class EntryBounds:
         fitted = self._fits[entry]
         return 1.0 if fitted is None else fitted.explore(similarity, self._delta)
 
-    def serves(self, entry: str, similarity: float, rng: Random) -> bool:
-        """Draw whether to serve the entry now."""
-        return rng.random() >= self.explore(entry, similarity)
+    def serves(self, entry: str, similarity: float, draw: float) -> bool:
+        """Whether to serve the entry now; `draw` is random in [0, 1)."""
+        return draw >= self.explore(entry, similarity)
 
     def check(self) -> None:
         """Assert the bounds."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from random import Random
 
 Z_95 = 1.96
 COUNT_MAX = 1e12
@@ -57,9 +56,9 @@ class FalseHits:
         """How many there were, faded or not."""
         return self._verdicts
 
-    def is_sampled(self, rng: Random) -> bool:
-        """Whether the hit that is being served is to be judged in the background."""
-        return rng.random() < self._sample
+    def is_sampled(self, draw: float) -> bool:
+        """Whether the hit that is being served is to be judged in the background; `draw` is random in [0, 1)."""
+        return draw < self._sample
 
     def observe(self, *, wrong: bool) -> None:
         """Take the verdict on one served hit."""

@@ -118,7 +118,7 @@ class Accounts:
         account.hits += 1
         account.relaxed_hits += relaxed
         _remember(self._served, entry, Served(category, similarity), SERVED_MAX)
-        return account.false_hits.is_sampled(self._rng)
+        return account.false_hits.is_sampled(self._rng.random())
 
     def verdict(self, category: str, entry: str, *, wrong: bool, stale: bool = False) -> None:
         """Take a verdict on a semantic hit of `entry`; a stale answer was the right one once."""

@@ -14,7 +14,7 @@ from structlog.typing import FilteringBoundLogger
 
 from covey.actor import Restart, supervise
 from covey.net.registry import Registry
-from covey.policy.reuse import ReusePolicy
+from covey.policy.reuse import CategoryPolicy, ReusePolicy
 from covey.runtime import Runtime
 from covey.types.event import WorkerRecord, WorkerState
 from covey.types.generate import Role
@@ -43,10 +43,7 @@ async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped; raises what `find_model` raises, at once, when the encoder is not there."""
     folder = find_model(config.encoder)
     model = PACKAGED if config.encoder == PACKAGED else folder.name
-    policies = config.policies()
-    if config.learnt:
-        models = await to_thread.run_sync(read_learnt, Path(config.learnt), model)
-        policies = with_models(policies, models, config.guarded())
+    policies = await policies_of(config, model)
     metrics = CacheMetrics(rt.metrics)
     status = EncoderStatus()
     async with (
@@ -124,6 +121,14 @@ def ready_peers(registry: Registry) -> tuple[WorkerRecord, ...]:
     """Every semcache that takes requests."""
     views = registry.workers(Role.SEMCACHE)
     return tuple(view.record for view in views if view.record.state is WorkerState.READY)
+
+
+async def policies_of(config: Config, encoder: str) -> tuple[CategoryPolicy, ...]:
+    """The policies of the categories, with their learnt decisions; raises what `read_learnt` raises."""
+    if not config.learnt:
+        return config.policies()
+    models = await to_thread.run_sync(read_learnt, Path(config.learnt), encoder)
+    return with_models(config.policies(), models, config.guarded())
 
 
 async def encoder_id(config: Config, folder: Path) -> str:

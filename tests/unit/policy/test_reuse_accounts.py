@@ -172,7 +172,7 @@ def test_the_bound_keeps_the_error_it_promises() -> None:
     for _ in range(4000):
         entry, similarity = str(rng.randrange(5)), rng.uniform(0.5, 1.0)
         right = rng.random() < 1.0 / (1.0 + math.exp(-40.0 * (similarity - 0.8)))
-        if bounds.serves(entry, similarity, rng):
+        if bounds.serves(entry, similarity, rng.random()):
             served, wrong = served + 1, wrong + (not right)
         else:
             bounds.observe(entry, similarity, right=right)
