@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final, TypeAlias, TypeVar
 
 from covey.actor import Ref
@@ -23,6 +23,8 @@ from .tasks import Progress
 COMMAND_TIMEOUT_S: Final = 10.0
 CHUNK_BLOCKS: Final = 512
 """Blocks looked at with one command to the index, so that others get in between."""
+
+ROOTS_MAX: Final = 65_536
 
 R = TypeVar("R")
 Duties: TypeAlias = Callable[[NamespaceId, BlockHash], Duty]
@@ -54,6 +56,8 @@ class Spreader:
         self.waiting_blocks = 0
         self._actor = actor
         self._copier = copier
+        self._roots: dict[BlockHash, BlockHash] = {}
+        """First blocks of chains met lately, by name alone: a name is a hash of all that is before it."""
 
     @property
     def copied_blocks(self) -> int:
@@ -62,6 +66,7 @@ class Spreader:
     async def sweep(self, duties: Duties, progress: Progress | None = None) -> Spread:
         """Walk over all shared blocks, parents first: copy what is owed, then drop what is not ours to keep."""
         done = Spread()
+        duties = lru_cache(ROOTS_MAX)(duties)  # asked for each block, the same for a whole chain
         spaces = await self._ask(lambda store, _: tuple(store.index.snapshot()))
         self.waiting_blocks = sum(len(names) for _, names in spaces)
         if progress is not None:
@@ -91,7 +96,10 @@ class Spreader:
     async def spread(self, namespace: NamespaceId, hashes: Sequence[BlockHash], duties: Duties) -> Spread:
         """Do the same for some blocks of one namespace, parents first."""
         done = Spread()
-        placed, roots = await self._ask(partial(_find, namespace, hashes))
+        placed, roots = await self._ask(partial(_find, namespace, hashes, self._roots))
+        self._roots.update(roots)
+        while len(self._roots) > ROOTS_MAX:
+            del self._roots[next(iter(self._roots))]
         await self._copy(placed, roots, duties, done)
         names = (each.location.hash for each in placed)
         given_up = [name for name in names if done.has(name) and not duties(namespace, roots[name]).keep]
@@ -142,18 +150,18 @@ def _drop(namespace: NamespaceId, hashes: Sequence[BlockHash], store: Store, now
 
 
 def _find(
-    namespace: NamespaceId, hashes: Sequence[BlockHash], store: Store, _: float
+    namespace: NamespaceId, hashes: Sequence[BlockHash], known: Mapping[BlockHash, BlockHash], store: Store, _: float
 ) -> tuple[tuple[Placed, ...], dict[BlockHash, BlockHash]]:
-    """Return blocks and the first block of each one's chain, walking up from each."""
+    """Return blocks and the first block of each one's chain, walking up from each as far as that is not `known`."""
     placed = store.index.visible(namespace, hashes)
     roots: dict[BlockHash, BlockHash] = {}
     for each in placed:
         path, at = [each.location.hash], each.parent
-        while at and at not in roots:
+        while at and at not in roots and at not in known:
             above = store.index.visible(namespace, (at,))
             path.append(at)
             at = above[0].parent if above else BlockHash(b"")
-        roots.update(dict.fromkeys(path, roots.get(at, path[-1])))
+        roots.update(dict.fromkeys(path, roots.get(at) or known.get(at) or path[-1]))
     return placed, roots
 
 
