@@ -5,6 +5,7 @@ Every entry of an earlier process of the same worker is there before it says tha
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -38,9 +39,13 @@ from .storage import open_library
 from .tutor import Tutor
 from .upkeep import Upkeep
 
+SWITCH_S = 0.001
+"""How long a thread keeps the interpreter from the event loop: Python's usual 5 ms are twenty look-ups."""
+
 
 async def serve(config: Config, rt: Runtime) -> None:
     """Serve until stopped; raises what `find_model` raises, at once, when the encoder is not there."""
+    sys.setswitchinterval(SWITCH_S)
     folder = find_model(config.encoder)
     model = PACKAGED if config.encoder == PACKAGED else folder.name
     policies = await policies_of(config, model)
