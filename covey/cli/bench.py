@@ -86,7 +86,17 @@ def engine(
 @click.option("--codecs", is_flag=True, help="Also what each codec of blocks costs in memory, time and quality.")
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Public data; $COVEY_DATA.")
 @click.option("--model", default=DEFAULT, show_default=True, help="Whose blocks the codecs encode.")
-def kv(peers: bool, quick: bool, target: str | None, plots: Path, codecs: bool, data: Path | None, model: str) -> None:
+@click.option("--break-even", "crossing", is_flag=True, help="Also loading stored blocks against prefilling again.")
+def kv(
+    peers: bool,
+    quick: bool,
+    target: str | None,
+    plots: Path,
+    codecs: bool,
+    data: Path | None,
+    model: str,
+    crossing: bool,
+) -> None:
     """The KV store: puts, gets and look-ups by every transport, beside other stores and bare memory."""
     from benchmarks import kv as benchmark
 
@@ -97,6 +107,13 @@ def kv(peers: bool, quick: bool, target: str | None, plots: Path, codecs: bool, 
         from benchmarks import kv_codecs
 
         report.rows += kv_codecs.run(model, ready_home() / "cache", console, quick=quick, data=data or _data()).rows
+    if crossing:
+        from benchmarks import kv_split
+
+        with tempfile.TemporaryDirectory(prefix="covey-bench-") as run_dir:
+            found = kv_split.run(Path(run_dir), ready_home() / "cache", console, quick=quick, plots=plots)
+        report.rows += found.rows
+        report.ratios |= found.ratios
     _publish(report, console, target, plots / "kv.png")
 
 
@@ -130,6 +147,18 @@ def cache(peers: bool, quick: bool, data: Path | None, target: str | None, plots
     console = Console(stderr=target == "-")
     report = benchmark.run(given, console, quick=quick, with_peers=peers, plots=plots)
     _publish(report, console, target, plots / "cache.png")
+
+
+@bench.command("cache-index")
+@click.option("--quick", is_flag=True, help="10,000 entries: end within two minutes.")
+@click.option("--million", is_flag=True, help="1,000,000 entries too: half an hour and 3 GiB more.")
+@click.option("--json", "target", help="Write the result here; - for standard output.")
+def cache_index(quick: bool, million: bool, target: str | None) -> None:
+    """Look-ups beside inserts, memory, rebuilds and quota churn of semcache's index, without an encoder."""
+    from benchmarks import cache_index as benchmark
+
+    console = Console(stderr=target == "-")
+    _publish(benchmark.run(console, quick=quick, million=million), console, target, None)
 
 
 def _data() -> Path | None:
