@@ -90,11 +90,13 @@ def query_for(
     text, context, turns = _last_turn(prompt.messages) if is_free else ("", (), ())
     if not exact and not text:
         return None
+    # Without a limit of the caller's own, what the context leaves is one: it differs with every length of prompt.
+    asked = (*shape[:-1], job.params.max_tokens, astuple(replace(sampling, seed=0, logit_bias={}, max_tokens=1)))
     return CacheQuery(
         tenant=job.tenant,
         model=model,
         exact_key=exact,
-        context_key=_key("context", shape, context) if text else b"",
+        context_key=_key("context", asked, context) if text else b"",
         text=text,
         turns=turns,
         load=waited_s / QUEUE_OBJECTIVE_S,

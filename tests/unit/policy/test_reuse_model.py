@@ -129,11 +129,12 @@ def questions(count: int, seed: int, *, noise: float) -> list[Labelled]:
 def test_what_is_learnt_keeps_its_budget_and_beats_a_threshold() -> None:
     config = LearningConfig(floor=0.2)
     learnt = learn_decision(questions(800, 1, noise=0.8), config)
-    assert learnt.model is not None
-    learnt.model.check()
+    decider = learnt.model
+    assert decider is not None
+    decider.check()
     assert learnt.false <= 0.01 * learnt.asked
     fresh = Replay(questions(800, 2, noise=0.8), config)
-    played = fresh.stream(lambda _, features: learnt.model.score(features) >= learnt.model.cut, learnt.model.rarity)
+    played = fresh.stream(lambda _, features: decider.score(features) >= decider.cut, decider.rarity)
     right, false = int((played.served & played.right).sum()), int((played.served & ~played.right).sum())
     assert false <= 0.01 * 800
     _, alone, _ = learn_threshold(questions(800, 2, noise=0.8), [0.3 + 0.05 * step for step in range(14)], config)
