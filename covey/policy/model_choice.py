@@ -18,7 +18,9 @@ class ModelChoiceConfig:
 
     `cost_weight` trades reward for cost; `load_bias`, `load_gain` and `load_threshold` are lambda0, gamma and L_thr of
     the paper's eq. 9. Under `close_std` among the arms' chances the answer of a second model is worth having: only then
-    feedback is asked for. `prior` and `noise` are those of the Bayesian regression that stands for each arm.
+    feedback is asked for. Ours: also where the two best are nearer to each other than either is known, or what is
+    cheapest would answer for ever and nothing be learnt of the others. `prior` and `noise` are those of the Bayesian
+    regression that stands for each arm.
     """
 
     cost_weight: float = 0.3
@@ -74,7 +76,8 @@ class ModelChoice:
         chances = _softmax(scores, self._config.temperature)
         best = max(range(len(arms)), key=lambda i: scores[i])
         second = ""
-        if len(arms) > 1 and float(np.std(chances)) < self._config.close_std:
+        is_close = float(np.std(chances)) < self._config.close_std or self._is_unsure(context, arms, scores)
+        if len(arms) > 1 and is_close:
             rest = [i for i in range(len(arms)) if i != best]
             second = arms[max(rest, key=lambda i: self._drawn(context, arms[i], rng))].model
         return ModelDecision(model=arms[best].model, second=second, chances=tuple(chances))
@@ -109,10 +112,22 @@ class ModelChoice:
         bias = config.load_bias * math.tanh(config.load_gain * max(0.0, load - config.load_threshold)) * arm.cost
         return self.reward(context, arm.model) - config.cost_weight * arm.cost - bias
 
+    def _is_unsure(self, context: Features, arms: Sequence[Arm], scores: Sequence[float]) -> bool:
+        """Whether the two best scores differ by less than their standard error."""
+        if len(arms) < 2:
+            return False
+        first, second = sorted(range(len(arms)), key=lambda i: -scores[i])[:2]
+        spread = math.hypot(self._spread(context, arms[first].model), self._spread(context, arms[second].model))
+        return scores[first] - scores[second] < spread
+
     def _drawn(self, context: Features, arm: Arm, rng: np.random.Generator) -> float:
-        precision, _ = self._arm(arm.model)
-        spread = math.sqrt(max(0.0, float(context @ np.linalg.solve(precision, context))))
-        return self.reward(context, arm.model) - self._config.cost_weight * arm.cost + spread * float(rng.normal())
+        expected = self.reward(context, arm.model) - self._config.cost_weight * arm.cost
+        return expected + self._spread(context, arm.model) * float(rng.normal())
+
+    def _spread(self, context: Features, model: str) -> float:
+        """The standard deviation of the expected reward."""
+        precision, _ = self._arm(model)
+        return math.sqrt(max(0.0, float(context @ np.linalg.solve(precision, context))))
 
     def _arm(self, model: str) -> tuple[Features, Features]:
         """An arm's books; one that never was observed expects a reward of nothing and is unsure of it."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import anyio
 from structlog.typing import FilteringBoundLogger
 
 from covey.clock import Clock
-from covey.errors import CoveyError
+from covey.errors import ContextLengthExceeded, CoveyError
 from covey.net.tasks import background_tasks
 from covey.telemetry import log_context
 from covey.types.generate import Timings, Usage
@@ -87,7 +87,7 @@ class Completions:
         began = self._clock.now()
         code = "CANCELLED"
         try:
-            outcomes = await self._run(completion, model, began)
+            outcomes = await self._run(completion, model, began, chosen.original)
             self._in_context.finished(chosen, outcomes[0], self.text)
             code = "OK"
             completion.pipe.end()
@@ -108,14 +108,24 @@ class Completions:
                 "request ended", code=code, model=model.name, tenant=completion.job.tenant, took_s=round(took_s, 3)
             )
 
-    async def _run(self, completion: Completion, model: LocalModel | RemoteModel, began: float) -> tuple[Outcome, ...]:
+    async def _run(
+        self, completion: Completion, model: LocalModel | RemoteModel, began: float, original: Job
+    ) -> tuple[Outcome, ...]:
         job = completion.job
         if isinstance(model, RemoteModel):
             async with self._gate.permit(job.request_id, job.tenant, deadline_at=job.deadline_at):
                 outcome = await self._remote(completion, model)
             self._finish(completion, outcome.usage, outcome.timings, (outcome,))
             return (outcome,)
-        planned = await plan(job, model, self._catalog, self._rng)
+        try:
+            planned = await plan(job, model, self._catalog, self._rng)
+        except ContextLengthExceeded:
+            if not job.shown:
+                raise
+            completion.job = job = replace(
+                job, prompts=original.prompts, shown=()
+            )  # examples must never cost an answer
+            planned = await plan(job, model, self._catalog, self._rng)
         cost = float(len(planned))
         async with self._gate.permit(job.request_id, job.tenant, deadline_at=job.deadline_at, cost=cost) as waited_s:
             ended = await self._answer_all(completion, model, planned, began)

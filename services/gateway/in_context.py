@@ -10,7 +10,7 @@ import numpy as np
 
 from covey.clock import Clock
 from covey.codec.methods import SemCache
-from covey.errors import CoveyError
+from covey.errors import CoveyError, Unavailable
 from covey.net.rpc import Channel, Channels
 from covey.policy.example_choice import UsefulExample, with_examples
 from covey.types.generate import Role
@@ -129,8 +129,10 @@ class InContext:
             await channel.call(SemCache.LEARN, outcome, timeout_s=LEARN_TIMEOUT_S)
 
     async def _likeness(self, channel: Channel, texts: tuple[str, ...]) -> float:
-        names = self._fleet.embedders()
-        request = EmbedRequest(model=next(iter(names)), inputs=tuple(" ".join(text.split()[:120]) for text in texts))
+        name = next(iter(self._fleet.embedders()), None)
+        if name is None:
+            raise Unavailable("no semcache is there to embed", field="model")
+        request = EmbedRequest(model=name, inputs=tuple(" ".join(text.split()[:120]) for text in texts))
         reply = await channel.call(SemCache.EMBED, request, timeout_s=LEARN_TIMEOUT_S)
         one, other = (np.array(vector.values) for vector in reply.vectors)
         return min(1.0, max(0.0, float(one @ other)))
