@@ -22,6 +22,10 @@ READ_BYTES = 1 << 16
 START = "import sys, runpy; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
 
 
+class OperationFailed(Unavailable):
+    """A driver answered that an operation failed; it takes the next one."""
+
+
 class Child:
     """One driver. Between `ask`s its whole process group is stopped, so that its threads cannot spin beside others'.
 
@@ -77,7 +81,7 @@ class Child:
         answer = self._answer(limit_s)
         self._stop()
         if "error" in answer:
-            raise Unavailable(f"{operation} failed: {answer['error']}")
+            raise OperationFailed(f"{operation} failed: {answer['error']}")
         return answer["result"]
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.child import Child
+from benchmarks.child import Child, OperationFailed
 from benchmarks.contenders import Contender
 from benchmarks.kv_cases import LOOKUPS, OPERATIONS, TRANSPORTS, Load, loads
 from benchmarks.kv_contenders import memory, ours, peers
@@ -28,6 +28,7 @@ WARM_UPS = 2
 LOOKUP_REPEATS, QUICK_LOOKUP_REPEATS = 200, 60
 ASK_LIMIT_S = 120.0
 REFRESH_PER_S = 1.0
+REASON_CHARS = 300
 
 
 def run(run_dir: Path, console: Console, *, quick: bool, with_peers: bool, plots: Path) -> Report:
@@ -66,6 +67,7 @@ class KvBench:
         self._stack = ExitStack()
         self._children: dict[str, Child] = {}
         self._peers: list[str] = []
+        self._failed: set[tuple[str, Load]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +127,7 @@ class KvBench:
         systems = [("covey", transport) for transport in TRANSPORTS] + [(peer, "") for peer in self._peers]
         first = index % len(systems)
         for name, transport in systems[first:] + systems[:first]:
-            if name not in self._children:
+            if name not in self._children or (name, load) in self._failed:
                 continue
             for operation in OPERATIONS:
                 rate = self._rate(name, operation, load, transport)
@@ -140,16 +142,25 @@ class KvBench:
             self.figures.memcpy[load].append(load.batch_bytes / took_s)
 
     def _rate(self, name: str, operation: str, load: Load, transport: str) -> float | None:
-        """Bytes a second; None for a peer that fails, which is left out from then on. Raises what ours fails with."""
+        """Bytes a second; None for a peer that fails: it is not asked for this load again, nor at all if it ended.
+
+        Raises what ours fails with.
+        """
         arguments: dict[str, Any] = {"size": load.size_bytes, "clients": load.clients}
         if transport:
             arguments["transport"] = transport
         try:
             took_s = self._children[name].ask(operation, ASK_LIMIT_S, **arguments)
+        except OperationFailed as error:
+            if transport:
+                raise
+            self.leave_out(f"{name} at {load.case('tcp')}", str(error)[:REASON_CHARS])
+            self._failed.add((name, load))
+            return None
         except CoveyError as error:
             if transport:
                 raise
-            self.leave_out(f"{name} from {load.case('tcp')} on", str(error))
+            self.leave_out(f"{name} from {load.case('tcp')} on", str(error)[:REASON_CHARS])
             self._children.pop(name).close()
             return None
         return load.batch_bytes / float(took_s)
@@ -158,6 +169,7 @@ class KvBench:
         found = self._children["covey"].ask("lookup", ASK_LIMIT_S, blocks=blocks, repeats=self._lookups)
         self.figures.lookups_s[blocks].append(found["lookup_s"])
         self.figures.empty_calls_s[blocks].append(found["empty_call_s"])
+        self.figures.rpcs_s[blocks].append(found["rpc_s"])
 
     def _pids(self) -> list[int]:
         return [pid for child in self._children.values() for pid in group_of(child.pid)]

@@ -98,17 +98,20 @@ class CoveyStore:
         return float(took_s)
 
     def lookup(self, blocks: int, repeats: int) -> dict[str, float]:
-        """Median seconds of a look-up of so many stored blocks, and of an empty gRPC call, in turns."""
-        return self._portal.call(self._lookup, self._users("grpc", 1)[0], blocks, repeats)
+        """Median seconds of a look-up of so many stored blocks, of an empty gRPC call, and of an RPC of our own with an
+        empty request (`Info`), in turns.
+        """
+        client = self._users("grpc", 1)[0]
+        return self._portal.call(self._lookup, client, self._clients["grpc"][0][0], blocks, repeats)
 
     def close(self) -> None:
         """Close the clients and end the node."""
         self._stack.close()
         self._node.kill()
 
-    async def _lookup(self, client: KvClient, blocks: int, repeats: int) -> dict[str, float]:
+    async def _lookup(self, client: KvClient, channels: Channels, blocks: int, repeats: int) -> dict[str, float]:
         key, names = await self._stored_chain(client, blocks)
-        lookups, calls = [], []
+        lookups, calls, rpcs = [], [], []
         async with aio.insecure_channel(self._address) as channel:
             empty = channel.unary_unary(EMPTY_PATH)
             for _ in range(repeats):
@@ -121,7 +124,10 @@ class CoveyStore:
                 began = time.perf_counter()
                 await empty(b"", timeout=5.0)
                 calls.append(time.perf_counter() - began)
-        return {"lookup_s": median(lookups), "empty_call_s": median(calls)}
+                began = time.perf_counter()
+                await channels.to(self._address).call(KvStore.INFO, Empty(), timeout_s=5.0)
+                rpcs.append(time.perf_counter() - began)
+        return {"lookup_s": median(lookups), "empty_call_s": median(calls), "rpc_s": median(rpcs)}
 
     async def _stored_chain(self, client: KvClient, blocks: int) -> tuple[StoreKey, list[BlockHash]]:
         if self._chain is None or len(self._chain[1]) != blocks:
