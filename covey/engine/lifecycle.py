@@ -66,7 +66,10 @@ class Lifecycle:
         self._clock = clock
         self._vocabulary = vocabulary
         self._block_size = info.block_size
-        transfers = Transfers(store, runner, clock, timeout_s=limits.kv_timeout_s) if store is not None else None
+        transfers: Transfers | None = None
+        if store is not None:
+            timeout_s, layers_min_bytes = limits.kv_timeout_s, limits.layers_min_bytes
+            transfers = Transfers(store, runner, clock, timeout_s=timeout_s, layers_min_bytes=layers_min_bytes)
         self.pool = BlockPool(n_blocks=info.n_blocks, name=str(worker))
         self.batcher = make_batcher(limits.batch, n_layers=info.n_layers)
         self.speculation = Speculation(limits.speculation)

@@ -32,6 +32,8 @@ class EngineLimits:
     """One look-up and load, or one store. What is not there by then is computed instead."""
     loading: Loading = "layers"
     """Whether a sequence runs through the first layers of its stored blocks while the others are being loaded."""
+    layers_min_bytes: int = 8 << 20
+    """Smaller loads come whole: going layer by layer costs more than it hides."""
     ahead_bytes: int = 64 << 20
     """Bytes of unfinished prompts that may be on their way to the store at once; 0: all is stored at hand-over."""
     lend_share: float = 0.0

@@ -52,11 +52,15 @@ class Tail:
 class Transfers:
     """Copies blocks of the runner's pool from and to a `BlockStore`, each call under one deadline."""
 
-    def __init__(self, store: BlockStore, runner: Runner, clock: Clock, *, timeout_s: float) -> None:
+    def __init__(
+        self, store: BlockStore, runner: Runner, clock: Clock, *, timeout_s: float, layers_min_bytes: int = 0
+    ) -> None:
+        """Loads of less than `layers_min_bytes` come whole, whoever waits for layers."""
         self._store = store
         self._runner = runner
         self._clock = clock
         self._timeout_s = timeout_s
+        self._layers_min_bytes = layers_min_bytes
         self._shape = runner.info.shape
 
     async def fetch(
@@ -90,7 +94,8 @@ class Transfers:
                         lookup_s += found - began
                         into = blocks[good : good + len(held.hashes)]
                         is_whole = known + len(into) == len(stretch.keys)
-                        if on_layers is None or (is_whole and stretch is not stretches[-1]):
+                        is_small = len(into) * self._shape.size_bytes < self._layers_min_bytes
+                        if on_layers is None or is_small or (is_whole and stretch is not stretches[-1]):
                             count = await self._load(held, into)
                         else:
                             key = self._key(tenant, stretch)

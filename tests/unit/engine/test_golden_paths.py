@@ -85,7 +85,7 @@ class Model:
     @asynccontextmanager
     async def engine(self, spy: Spy, batch: BatchLimits | None = None, **options: Any) -> AsyncIterator[Engine]:
         bounds: Any = {name: options.pop(name) for name in tuple(options) if name in EngineLimits.__dataclass_fields__}
-        limits = EngineLimits(batch=batch or BatchLimits(), grace_s=0.0, **bounds)
+        limits = EngineLimits(batch=batch or BatchLimits(), grace_s=0.0, layers_min_bytes=0, **bounds)
         runner: Any = spy
         async with running_engine(runner, vocabulary=self.vocabulary, limits=limits, **options) as engine:
             yield engine

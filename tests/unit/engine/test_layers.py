@@ -104,7 +104,7 @@ def test_any_arrival_of_layers_gives_the_same_tokens(
     calls: list[Call], batching: Batching, max_tokens: int, damage: float, n_blocks: int, seed: int
 ) -> None:
     batch = BatchLimits(batching=batching, max_tokens=max_tokens, max_running=5, chunk_min=8)
-    limits = EngineLimits(batch=batch, admission="past_future", grace_s=0.0)
+    limits = EngineLimits(batch=batch, admission="past_future", grace_s=0.0, layers_min_bytes=0)
     store = Bursts(seed, layers=LAYERS, damage=damage)
     anyio.run(_run, calls, limits, store, n_blocks)
 
@@ -155,7 +155,7 @@ async def _run(calls: list[Call], limits: EngineLimits, store: Bursts, n_blocks:
 @pytest.mark.parametrize("loading", ["layers", "whole"])
 async def test_a_row_runs_through_the_layers_that_are_there_and_waits_for_the_others(loading: str) -> None:
     store, runner = Bursts(3, layers=LAYERS, turns_max=200), Wary()
-    limits = EngineLimits(loading=loading)  # type: ignore[arg-type]
+    limits = EngineLimits(loading=loading, layers_min_bytes=0)  # type: ignore[arg-type]
     request = request_of(range(1, 60), max_tokens=OUTPUT)
     async with (
         running_engine(Wary(), role=Role.PREFILL, store=store, name="p") as prefill,
@@ -182,7 +182,7 @@ async def test_the_others_decode_on_while_one_waits_for_its_layers() -> None:
     other = request_of(range(100, 140), request_id="other", max_tokens=150)
     async with (
         running_engine(Wary(), role=Role.PREFILL, store=store, name="p") as prefill,
-        running_engine(runner, store=store, name="d") as decode,
+        running_engine(runner, store=store, name="d", limits=EngineLimits(layers_min_bytes=0)) as decode,
     ):
         ticket = (await collect(prefill, slow)).last.ticket
         answers: dict[str, Answer] = {}
