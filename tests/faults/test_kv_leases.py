@@ -42,6 +42,12 @@ def process(tmp_path: Path) -> Iterator[StoreProcess]:
         yield process
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[StoreProcess]:
+    with store_process(tmp_path, "capacity_bytes=67108864") as process:
+        yield process
+
+
 @asynccontextmanager
 async def client_at(address: str, transport: Any = "auto", **config: Any) -> AsyncIterator[tuple[KvClient, Channel]]:
     node = StoreNode(worker=WorkerId("kv-0"), address=address, capacity_bytes=CAPACITY_BYTES)
@@ -167,11 +173,11 @@ async def test_a_slow_reader_that_makes_progress_keeps_its_lease_and_holds_nobod
             assert sorted(took)[len(took) * 9 // 10] < 0.5
 
 
-async def test_a_reader_that_stalls_loses_its_lease_and_never_sees_what_comes_after(process: StoreProcess) -> None:
+async def test_a_reader_that_stalls_loses_its_lease_and_never_sees_what_comes_after(large: StoreProcess) -> None:
     """The slots of a stalled reader are used again: what it then reads is refused, or what it asked for."""
     shape = BlockShape(size_bytes=1 << 20, layers=4)
-    async with client_at(process.address) as (client, channel):
-        chain = chain_of(13, shape)
+    async with client_at(large.address) as (client, channel):
+        chain = chain_of(56, shape)  # more than any window of flow control
         await chain.put(client)
         held = await chain.find(client, ttl_s=0.5)
         assert isinstance(held, StoreHeld)
@@ -184,7 +190,7 @@ async def test_a_reader_that_stalls_loses_its_lease_and_never_sees_what_comes_af
                     if len(seen) == 1:
                         await assert_eventually(lambda: _is_free(channel), timeout_s=5)
                         for _ in range(4):  # new blocks over most of the arena
-                            await chain_of(3, shape).put(client)
+                            await chain_of(12, shape).put(client)
         complete = {bytes(name): bytes(data) for name, data in seen.items() if len(data) == shape.size_bytes}
         asked = {bytes(name): bytes(data) for name, data in zip(chain.names, chain.data, strict=True)}
         assert all(asked[name] == data for name, data in complete.items())
