@@ -28,9 +28,9 @@ class Load:
         """What one operation moves."""
         return blocks_of(self.size_bytes) * self.size_bytes
 
-    def case(self, transport: str) -> str:
+    def case(self, transport: str = "") -> str:
         """Its word in rows and ratios: `1mib-shm`, and `1mib-shm-c8` with more than one client."""
-        return f"{self.word}-{transport}" + (f"-c{self.clients}" if self.clients > 1 else "")
+        return "-".join(word for word in (self.word, transport, f"c{self.clients}" * (self.clients > 1)) if word)
 
 
 def loads() -> list[Load]:

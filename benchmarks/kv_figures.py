@@ -39,7 +39,7 @@ class Figures:
         for (peer, operation, load), rates in self.theirs.items():
             _add_rate(report, load.case("tcp"), self.system(peer), operation, rates)
         for load, rates in self.memcpy.items():
-            _add_rate(report, load.word, "memcpy", "copy", rates)
+            _add_rate(report, load.case(), "memcpy", "copy", rates)
         for blocks in LOOKUPS:
             case = f"{blocks}-blocks"
             _add(report, case, self.system("covey"), "lookup_s", "s", self.lookups_s[blocks])
