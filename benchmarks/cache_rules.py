@@ -24,7 +24,7 @@ TAUS = tuple(round(0.999 - 0.001 * step, 3) for step in range(20)) + tuple(
     round(0.979 - 0.005 * step, 3) for step in range(56)
 )
 """Strictest first."""
-DELTAS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+DELTAS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 BLOCK = 512
 
 
