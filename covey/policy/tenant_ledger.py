@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from covey.errors import Overloaded
 from covey.types.ids import TenantId
 
-
 QUOTAS_MAX = 65_536
 
 

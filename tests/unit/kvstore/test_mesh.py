@@ -8,7 +8,6 @@ from random import Random
 import anyio
 
 from covey.clock import MonotonicClock
-from covey.codec.methods import KvStore
 from covey.net.embedded import EmbeddedNats
 from covey.net.kv import KvClient, nodes_of
 from covey.net.kv_events import KvEventIndex
@@ -16,12 +15,13 @@ from covey.net.nats import NatsBus
 from covey.net.registry import Registry
 from covey.net.rpc import Channels
 from covey.testing import assert_eventually
-from covey.types.common import Empty
 from covey.types.generate import Role
 from covey.types.ids import WorkerId
 from covey.types.kv import KvSnapshot
 from tests.contract.kv_stores import BOOT_ID, StoreProcess
 from tests.contract.test_block_store import buffers, chain, content, find, key, names, put
+
+from .connection import snapshot
 
 KV_0 = WorkerId("kv-0")
 
@@ -42,21 +42,21 @@ async def test_a_store_is_found_through_the_registry_and_its_blocks_through_even
             assert view.record.store is not None
             assert view.record.store.arena_path == str(process.arena)
 
-            async def snapshot(worker: WorkerId) -> KvSnapshot:
+            async def whole(worker: WorkerId) -> KvSnapshot:
                 assert worker == KV_0
-                return await channels.to(view.record.address).call(KvStore.SNAPSHOT, Empty(), timeout_s=5)
+                return await snapshot(channels.to(view.record.address))
 
             client = KvClient(nodes_of(registry), channels, clock=clock, boot_id=BOOT_ID)
             where, blocks = key(), chain(3)
             data = content(3)
-            async with KvEventIndex.open(bus, snapshot) as index:
+            async with KvEventIndex.open(bus, whole) as index:
                 await put(client, where, blocks, data)
                 await assert_eventually(lambda: index.overlap(where.namespace, names(blocks)) == {KV_0: 3})
                 assert index.gaps == 0
             into = buffers(3)
             assert await client.load(await find(client, where, blocks), into) == 3
             assert into == data
-            async with KvEventIndex.open(bus, snapshot) as late:
+            async with KvEventIndex.open(bus, whole) as late:
                 await put(client, where, chain(1), content(1))
                 await assert_eventually(lambda: late.overlap(where.namespace, names(blocks)) == {KV_0: 3})
         finally:

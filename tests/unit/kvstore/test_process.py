@@ -44,7 +44,7 @@ from covey.types.store import StoreKey
 from tests.contract.kv_stores import BOOT_ID, CAPACITY_BYTES, StoreProcess, flip_byte
 from tests.contract.test_block_store import LARGE, SHAPE, buffers, chain, content, find, key, names, put
 
-from .connection import connected, stats
+from .connection import connected, snapshot, stats
 
 
 async def reserve(channel: Channel, where: StoreKey, blocks: list[BlockKey], *, ttl_s: float = 20.0) -> ReserveReply:
@@ -287,9 +287,9 @@ async def test_watchers_hear_of_every_change_and_snapshots_agree(fresh: StorePro
             KvEventKind.CLEARED, KvEventKind.STORED, KvEventKind.STORED, KvEventKind.PINNED, KvEventKind.UNPINNED,
         ]  # fmt: skip
         assert [event.seq for event in seen] == [1, 1, 2, 3, 4]
-        snapshot = await channel.call(KvStore.SNAPSHOT, Empty(), timeout_s=5)
-        assert (snapshot.epoch, snapshot.seq) == (seen[-1].epoch, seen[-1].seq)
-        assert [(entry.namespace, list(entry.hashes)) for entry in snapshot.entries] == [
+        held_now = await snapshot(channel)
+        assert (held_now.epoch, held_now.seq) == (seen[-1].epoch, seen[-1].seq)
+        assert [(entry.namespace, list(entry.hashes)) for entry in held_now.entries] == [
             (where.namespace, names(blocks))
         ]
 
@@ -335,7 +335,7 @@ async def test_a_store_that_started_anew_is_not_blamed_for_what_its_predecessor_
 
         await assert_eventually(stored, 10.0)  # maps the new arena
         assert isinstance(held, StoreHeld)
-        held.node._mapped_epoch = held.grant.epoch  # as if the restart had come between look-up and mapping
+        held.node._known_epoch = held.grant.epoch  # as if the restart had come between look-up and mapping
         flip_byte(fresh.arena, held.locations[0].offset)
         flip_byte(fresh.arena, held.locations[0].offset + payload_offset(SHAPE))
         with pytest.raises(LeaseExpired):
