@@ -161,7 +161,7 @@ async def test_a_prefill_worker_killed_between_reserve_and_commit_is_replaced_an
 ) -> None:
     bodies = _bodies(TINY, 6)
     crash = {"prefill-0": {"COVEY_FAILPOINTS": "kv.before_commit=crash@1"}}
-    settings = (*_forgetful(TINY), "kvstore.cooling_s=0.5")
+    settings = (*_forgetful(TINY), "kvstore.cooling_s=0.5", "prefill.handover_ttl_s=4", "prefill.kv_timeout_s=2")
     async with (
         mesh_of(tmp_path, prefill=2, settings=settings, environments=crash) as mesh,
         client_of(mesh) as client,
