@@ -86,15 +86,7 @@ async def assembled(config: Config, around: Surroundings) -> AsyncIterator[Gatew
         client = await stack.enter_async_context(httpx.AsyncClient())
         answering = Answering(
             dispatcher=_dispatcher(config, around, fleet, metrics, errands),
-            answers=Answers(
-                channels,
-                fleet,
-                clock,
-                errands,
-                exact_deadline_s=config.dispatch.exact_deadline_s,
-                semantic_deadline_s=config.dispatch.semantic_deadline_s,
-                flight_wait_s=config.dispatch.flight_wait_s,
-            ),
+            answers=_answers(config, around, fleet, errands),
             pins=PinPolicy(config.pinning.policy()),
             fleet=fleet,
             channels=channels,
@@ -156,6 +148,18 @@ def _fleet(config: Config, around: Surroundings, metrics: Metrics) -> Fleet:
     router = Router(config.routing.policy())
     metrics.break_even.set_function(lambda: router.kv.break_even_tokens)
     return Fleet(around.directory, around.index, router, around.clock, around.mesh_secret)
+
+
+def _answers(config: Config, around: Surroundings, fleet: Fleet, errands: Errands) -> Answers:
+    return Answers(
+        around.channels,
+        fleet,
+        around.clock,
+        errands,
+        exact_deadline_s=config.dispatch.exact_deadline_s,
+        semantic_deadline_s=config.dispatch.semantic_deadline_s,
+        flight_wait_s=config.dispatch.flight_wait_s,
+    )
 
 
 def _dispatcher(config: Config, around: Surroundings, fleet: Fleet, metrics: Metrics, errands: Errands) -> Dispatcher:

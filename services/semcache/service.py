@@ -14,6 +14,7 @@ from anyio import to_thread
 from structlog.typing import FilteringBoundLogger
 
 from covey.actor import Restart, supervise
+from covey.net.bus import Bus
 from covey.net.registry import Registry
 from covey.policy.reuse import CategoryPolicy, ReusePolicy
 from covey.runtime import Runtime
@@ -49,18 +50,16 @@ async def serve(config: Config, rt: Runtime) -> None:
     folder = find_model(config.encoder)
     model = PACKAGED if config.encoder == PACKAGED else folder.name
     policies = await policies_of(config, model)
-    metrics = CacheMetrics(rt.metrics)
-    status = EncoderStatus()
+    metrics, status = CacheMetrics(rt.metrics), EncoderStatus()
     async with (
         rt.bus() as bus,
         rt.registry(bus) as registry,
         open_library(config, encoder=await encoder_id(config, folder), clock=rt.clock, log=rt.log) as library,
         supervise(grace_s=config.drain_s, on_crash=partial(log_crash, rt.log)) as supervisor,
     ):
+        load = partial(load_model, config, folder)
         encoder = supervisor.start(
-            lambda: Encoder(
-                partial(load_model, config, folder), status, batch_max=config.encode_batch, clock=rt.clock, log=rt.log
-            ),
+            lambda: Encoder(load, status, batch_max=config.encode_batch, clock=rt.clock, log=rt.log),
             name="encoder",
             capacity=config.encoder_queue,
             restart=Restart(),
@@ -73,28 +72,13 @@ async def serve(config: Config, rt: Runtime) -> None:
             ReusePolicy(policies),
             embedder,
             classifies=bool(config.examples()),
-            limits=CacheLimits(
-                neighbours=config.neighbours,
-                encode_s=config.encode_s,
-                entry_size_bytes_max=config.entry_size_bytes_max,
-            ),
+            limits=limits_of(config),
             metrics=metrics,
             clock=rt.clock,
             rng=rt.rng,
         )
         desk = Desk(cache, library, embedder, open_flights(config, rt.clock, rt.rng, metrics), metrics, rt.clock)
-        ttls = {policy.name: policy.ttl_s for policy in policies}
-        branch = Branch(
-            desk,
-            Journals(library, rt.clock),
-            Peers(lambda: ready_peers(registry), rt.worker),
-            rt.channels,
-            bus,
-            ttl=ttls.get,
-            epoch=rt.epoch,
-            clock=rt.clock,
-            log=rt.log,
-        )
+        branch = open_branch(desk, policies, Peers(lambda: ready_peers(registry), rt.worker), bus, rt)
         tutor = Tutor(embedder, config.tutor(), clock=rt.clock, rng=rt.rng)
         servicer = SemCacheServicer(
             branch,
@@ -120,6 +104,28 @@ async def serve(config: Config, rt: Runtime) -> None:
                 await rt.until_stopped()
             tg.cancel_scope.cancel()
         await upkeep.save()
+
+
+def limits_of(config: Config) -> CacheLimits:
+    """The bounds of one look-up and one entry."""
+    return CacheLimits(
+        neighbours=config.neighbours, encode_s=config.encode_s, entry_size_bytes_max=config.entry_size_bytes_max
+    )
+
+
+def open_branch(desk: Desk, policies: tuple[CategoryPolicy, ...], peers: Peers, bus: Bus, rt: Runtime) -> Branch:
+    """This process's place among `peers`."""
+    return Branch(
+        desk,
+        Journals(desk.library, rt.clock),
+        peers,
+        rt.channels,
+        bus,
+        ttl={policy.name: policy.ttl_s for policy in policies}.get,
+        epoch=rt.epoch,
+        clock=rt.clock,
+        log=rt.log,
+    )
 
 
 def ready_peers(registry: Registry) -> tuple[WorkerRecord, ...]:

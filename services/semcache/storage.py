@@ -86,4 +86,4 @@ def folder_of(config: Config) -> Path | None:
 
 def quota_of(policy: CategoryPolicy | None) -> tuple[int, int]:
     """The quota of a category in entries and bytes; nothing for one that is no more."""
-    return (policy.quota_entries, 0) if policy is not None else (0, 0)
+    return (policy.quota_entries, policy.quota_bytes) if policy is not None else (0, 0)

@@ -29,7 +29,6 @@ from services.semcache.config import CategoryConfig, Config
 from services.semcache.desk import Desk
 from services.semcache.documents import Documents, MemoryDocuments
 from services.semcache.encoder import Embedder, Encode, Encoder, EncoderStatus, Phase
-from services.semcache.finder import CacheLimits
 from services.semcache.flights import open_flights
 from services.semcache.journal import Journals
 from services.semcache.learning import learn_categories
@@ -39,6 +38,7 @@ from services.semcache.metrics import CacheMetrics
 from services.semcache.minilm import Encoded, EncoderModel
 from services.semcache.peers import Peers
 from services.semcache.segment_files import SegmentFiles
+from services.semcache.service import limits_of
 from services.semcache.servicer import SemCacheServicer
 from services.semcache.storage import open_store, quota_of
 from services.semcache.store import Store
@@ -105,17 +105,7 @@ async def running_cache(
     metrics = await to_thread.run_sync(Metrics)  # it reads /proc
     status, log = EncoderStatus(), structlog.get_logger()
     instruments = CacheMetrics(metrics)
-    library = Library(
-        open_store(config),
-        documents or MemoryDocuments(),
-        encoder=encoder,
-        files=files,
-        recent_bytes_max=config.recent_bytes_max,
-        clock=clock,
-        log=log,
-    )
-    policies = {policy.name: policy for policy in config.policies()}
-    await library.restore(lambda category: quota_of(policies.get(category)))
+    library = await filled(config, documents or MemoryDocuments(), files, encoder, clock)
     async with Channels.open() as channels, supervise(grace_s=1.0) as supervisor:
         actor = supervisor.start(
             lambda: Encoder(load, status, batch_max=config.encode_batch, clock=clock, log=log),
@@ -131,11 +121,7 @@ async def running_cache(
             ReusePolicy(with_models(config.policies(), models or {}, config.guarded())),
             embedder,
             classifies=bool(config.examples()),
-            limits=CacheLimits(
-                neighbours=config.neighbours,
-                encode_s=config.encode_s,
-                entry_size_bytes_max=config.entry_size_bytes_max,
-            ),
+            limits=limits_of(config),
             accounts=config.accounts(),
             metrics=instruments,
             clock=clock,
@@ -146,17 +132,7 @@ async def running_cache(
                 await anyio.sleep(0.01)
             await learn_categories(config.examples(), embedder, cache, floor=config.classify_floor, log=log)
         desk = Desk(cache, library, embedder, open_flights(config, clock, Random(8), instruments), instruments, clock)
-        branch = Branch(
-            desk,
-            Journals(library, clock),
-            Peers(lambda: (), WorkerId("semcache-0")),
-            channels,
-            MemoryBus(MemoryBroker()),
-            ttl={policy.name: policy.ttl_s for policy in config.policies()}.get,
-            epoch=1,
-            clock=clock,
-            log=log,
-        )
+        branch = lonely(desk, config, channels, clock)
         tutor = Tutor(embedder, config.tutor(), clock=clock, rng=Random(3))
         yield Parts(
             desk=desk,
@@ -172,6 +148,39 @@ async def running_cache(
             status=status,
             metrics=metrics,
         )
+
+
+async def filled(
+    config: Config, documents: Documents, files: SegmentFiles | None, encoder: str, clock: Clock
+) -> Library:
+    """A library with what its documents hold."""
+    library = Library(
+        open_store(config),
+        documents,
+        encoder=encoder,
+        files=files,
+        recent_bytes_max=config.recent_bytes_max,
+        clock=clock,
+        log=structlog.get_logger(),
+    )
+    policies = {policy.name: policy for policy in config.policies()}
+    await library.restore(lambda category: quota_of(policies.get(category)))
+    return library
+
+
+def lonely(desk: Desk, config: Config, channels: Channels, clock: Clock) -> Branch:
+    """The place of a semcache that is the only one."""
+    return Branch(
+        desk,
+        Journals(desk.library, clock),
+        Peers(lambda: (), WorkerId("semcache-0")),
+        channels,
+        MemoryBus(MemoryBroker()),
+        ttl={policy.name: policy.ttl_s for policy in config.policies()}.get,
+        epoch=1,
+        clock=clock,
+        log=structlog.get_logger(),
+    )
 
 
 def query(
