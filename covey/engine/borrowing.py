@@ -13,7 +13,7 @@ from anyio.from_thread import BlockingPortal
 from covey.clock import Clock
 from covey.codec.methods import Decode
 from covey.errors import CoveyError, Overloaded, Unavailable
-from covey.model.plan import Floats, Runner
+from covey.model.plan import Floats, Runner, ShardRunner
 from covey.net.rpc import Channel
 from covey.policy.blocks import BlockPool
 from covey.policy.debtor import place_shards
@@ -238,3 +238,18 @@ class Borrowing:
             await self._neighbours.to(loan.address).call(Decode.RETURN, request, timeout_s=RETURN_TIMEOUT_S)
         except CoveyError:
             return  # it ends by itself
+
+
+def make_borrowing(
+    pool: BlockPool,
+    runner: Runner,
+    limits: EngineLimits,
+    clock: Clock,
+    neighbours: Neighbours | None,
+    *,
+    worker: WorkerId,
+) -> Borrowing | None:
+    """None where nobody lends, nothing may be borrowed, or the runner takes no rows with keys elsewhere."""
+    if neighbours is None or not limits.borrow_blocks or not isinstance(runner, ShardRunner):
+        return None
+    return Borrowing(pool, runner, limits, clock, neighbours, worker=worker)

@@ -9,7 +9,7 @@ from anyio.from_thread import BlockingPortal
 
 from covey.clock import Clock
 from covey.errors import Cancelled, DeadlineExceeded, Internal, NoSpace, Unavailable
-from covey.model.plan import Draw, Runner, ShardRunner
+from covey.model.plan import Draw, Runner
 from covey.policy.batch_policies import make_batcher
 from covey.policy.blocks import BlockPool
 from covey.policy.chunk import Chunk
@@ -22,7 +22,7 @@ from covey.types.store import BlockStore
 from .arrivals import Arrivals
 from .background import Background
 from .board import Board
-from .borrowing import Borrowing, Neighbours
+from .borrowing import Neighbours, make_borrowing
 from .creditor import Creditor
 from .endings import cancelled, failed, finished
 from .holdings import Holdings
@@ -66,10 +66,7 @@ class Lifecycle:
         self._clock = clock
         self._vocabulary = vocabulary
         self._block_size = info.block_size
-        transfers: Transfers | None = None
-        if store is not None:
-            timeout_s, layers_min_bytes = limits.kv_timeout_s, limits.layers_min_bytes
-            transfers = Transfers(store, runner, clock, timeout_s=timeout_s, layers_min_bytes=layers_min_bytes)
+        transfers = _transfers(store, runner, clock, limits) if store is not None else None
         self.pool = BlockPool(n_blocks=info.n_blocks, name=str(worker))
         self.batcher = make_batcher(limits.batch, n_layers=info.n_layers)
         self.speculation = Speculation(limits.speculation)
@@ -86,20 +83,10 @@ class Lifecycle:
         self._holdings = Holdings(self.pool, self._promises, info.block_size)
         self._stepper = Stepper(runner, clock, niceness=limits.niceness)
         self.creditor = Creditor(self.pool, runner, limits, clock)
-        self.borrowing: Borrowing | None = None
-        if neighbours is not None and limits.borrow_blocks and isinstance(runner, ShardRunner):
-            self.borrowing = Borrowing(self.pool, runner, limits, clock, neighbours, worker=worker)
+        self.borrowing = make_borrowing(self.pool, runner, limits, clock, neighbours, worker=worker)
         ahead = WriteAhead(self.pool, transfers, limits, self.board, worker=worker, block_bytes=info.block_bytes)
-        self._moves = Moves(
-            self.migration,
-            ahead,
-            self.borrowing,
-            self._holdings,
-            self.board,
-            clock,
-            block_size=info.block_size,
-            end=self._end,
-        )
+        movers = (self.migration, ahead, self.borrowing)
+        self._moves = Moves(*movers, self._holdings, self.board, clock, block_size=info.block_size, end=self._end)
         self._preemption = Preemption(
             self.live, self.batcher, self._holdings, self.retention, self._moves, self._stepper, self.board
         )
@@ -316,3 +303,7 @@ class Lifecycle:
 
     def _is_in_step(self, seq: Sequence) -> bool:
         return self.step is not None and seq.id in self.step.seqs
+
+
+def _transfers(store: BlockStore, runner: Runner, clock: Clock, limits: EngineLimits) -> Transfers:
+    return Transfers(store, runner, clock, timeout_s=limits.kv_timeout_s, layers_min_bytes=limits.layers_min_bytes)
