@@ -1,4 +1,4 @@
-"""The plot of `covey bench cache`: right against false hits, set by set."""
+"""The plots of `covey bench cache`: right against false hits, and quality against cost, set by set."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.cache_figures import Figures
 from benchmarks.drivers.questions import FALSE, RIGHT
@@ -34,6 +36,21 @@ def cache_plot(path: Path, figures: Figures, curves: Mapping[str, Sequence[tuple
         axis.axvline(1.0, color="0.8", linestyle="--")
         axis.set(title=name, xlabel="false hits per 100", ylabel="right hits per 100", xlim=(0, FALSE_MAX))
         axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def share_plot(path: Path, curves: Mapping[str, Mapping[str, NDArray[np.float64]]], *, x: str, y: str) -> None:
+    """One panel a set, one line a system, over shares from none to all; the dashed line is what all of it gives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 4), layout="constrained", squeeze=False)
+    for axis, (name, lines) in zip(axes.flat, curves.items(), strict=True):
+        for system, line in lines.items():
+            axis.plot(np.linspace(0.0, 1.0, len(line)), line, label=system)
+            axis.axhline(line[-1], color="0.8", linestyle="--")
+        axis.set(title=name, xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

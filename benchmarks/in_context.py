@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.cache_plots import share_plot
 from benchmarks.cache_vectors import VectorFile
 from benchmarks.recorded_pairs import Pair, PairSet, alpaca_eval, arena_hard, gsm8k, texts_to_compare
 from benchmarks.report import Report, Row
@@ -19,6 +20,7 @@ from services.semcache.vectors import Vectors
 
 NEIGHBOURS = 20
 RESAMPLES = 500
+POINTS = 101
 SPLITS = 5
 NEARLY = 0.98
 """Quality that counts as the large model's own, beside exactly that."""
@@ -28,23 +30,31 @@ Curve = NDArray[np.float64]
 VectorOf = Callable[[str], Vectors | None]
 
 
-def measure(report: Report, data: Path, vectors: VectorFile, console: Console, *, quick: bool) -> None:
-    """Add the rows and ratios of every set of recorded pairs.
+def measure(report: Report, data: Path, vectors: VectorFile, console: Console, *, quick: bool, plot: Path) -> None:
+    """Add the rows and ratios of every set of recorded pairs, and draw their curves.
 
     A split learns from one half as the service would (each request shows only what the chosen model earned, and the
     second one's where the bandit asks for it) and is measured on the other; `SPLITS` such splits, pairs resampled.
     """
     vectors.fill([*texts_to_compare(data), *(pair.text for pair in gsm8k(data).pairs)])
+    curves: dict[str, dict[str, Curve]] = {}
     for pairs in (gsm8k(data), alpaca_eval(data, vectors.vector), arena_hard(data, vectors.vector)):
         console.print(f"{pairs.name}: {len(pairs.pairs)} pairs; quality: {pairs.quality}", markup=False)
-        _measure_set(report, pairs, vectors.vector, splits=2 if quick else SPLITS)
+        curves[pairs.name] = _measure_set(report, pairs, vectors.vector, splits=2 if quick else SPLITS)
+    share_plot(plot, curves, x="share sent to the large model", y="mean quality")
 
 
-def _measure_set(report: Report, pairs: PairSet, vector_of: VectorOf, *, splits: int) -> None:
+def _measure_set(report: Report, pairs: PairSet, vector_of: VectorOf, *, splits: int) -> dict[str, Curve]:
+    """Add a set's rows and ratios; returns each system's mean curve at `POINTS` even shares."""
+    drawn: dict[str, list[Curve]] = {}
     found: dict[str, dict[str, list[float]]] = {}
     for split in range(splits):
         held = _held_out(pairs.pairs, vector_of, Random(split))  # noqa: S311 - reproducible splits
         rng = np.random.default_rng(split)
+        for system, order in held.orders.items():
+            curve = _curve(held.small, held.large, order)
+            even = np.interp(np.linspace(0, 1, POINTS), np.linspace(0, 1, len(curve)), curve)
+            drawn.setdefault(system, []).append(even)
         for _ in range(RESAMPLES // splits):
             at = rng.integers(0, len(held.small), len(held.small))
             for system, order in held.orders.items():
@@ -70,6 +80,7 @@ def _measure_set(report: Report, pairs: PairSet, vector_of: VectorOf, *, splits:
         report.ratios[f"area/{pairs.name}/{system}"] = float(
             np.mean(found["covey"]["area"]) / np.mean(found[system]["area"])
         )
+    return {system: np.mean(some, axis=0) for system, some in drawn.items()}
 
 
 class _HeldOut:

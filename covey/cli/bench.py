@@ -137,16 +137,32 @@ def precision(quick: bool, data: Path | None, target: str | None, model: str) ->
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Public data; $COVEY_DATA.")
 @click.option("--json", "target", help="Write the result here; - for standard output.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), default=Path(".bench"), show_default=True)
-def cache(peers: bool, quick: bool, data: Path | None, target: str | None, plots: Path) -> None:
+@click.option(
+    "--part",
+    type=click.Choice(["quality", "examples", "judge", "all"]),
+    default="quality",
+    show_default=True,
+    help="Hits; examples and the choice of a model; finding wrong answers; or all of it.",
+)
+@click.option("--model", default=DEFAULT, show_default=True, help="Who is shown examples, and who judges.")
+def cache(peers: bool, quick: bool, data: Path | None, target: str | None, plots: Path, part: str, model: str) -> None:
     """Right, false and stale hits of semcache, its peers and their rules on the same questions."""
-    from benchmarks import cache as benchmark
-
     given = data or _data()
     if given is None:
         raise click.UsageError("name the folder of public data: --data DIR, or COVEY_DATA")
     console = Console(stderr=target == "-")
-    report = benchmark.run(given, console, quick=quick, with_peers=peers, plots=plots)
-    _publish(report, console, target, plots / "cache.png")
+    from benchmarks.report import Report
+
+    report, cache_dir = Report("cache"), ready_home() / "cache"
+    if part in {"quality", "all"}:
+        from benchmarks import cache as benchmark
+
+        report = benchmark.run(given, console, quick=quick, with_peers=peers, plots=plots)
+    if part in {"examples", "judge", "all"}:
+        from benchmarks import cache_models
+
+        cache_models.run(part, report, given, console, model=model, cache_dir=cache_dir, quick=quick, plots=plots)
+    _publish(report, console, target, plots / ("cache-examples.png" if part == "examples" else "cache.png"))
 
 
 @bench.command("cache-index")
