@@ -31,9 +31,7 @@ _REPLACED = _split("it they them he him she these those") | _POSSESSIVE
 _POINTERS = _split(
     "other others another else more also too instead again different similar first second third last next"
 )
-_ANSWERS = _split(
-    "you your yours above previous earlier below aforementioned said mentioned answer reply response"
-)
+_ANSWERS = _split("you your yours above previous earlier below aforementioned said mentioned answer reply response")
 _JOINTS = _split("and but so or then")
 FUNCTION_WORDS = PRONOUNS | _split(
     "a an the is are was were be been being am do does did done doing have has had having can could will would "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -169,6 +170,10 @@ def learn_decision(questions: Sequence[Labelled], config: LearningConfig = Learn
     return Learnt(model=model if right >= RIGHT_MIN else None, right=right, false=false, asked=len(replay))
 
 
+def _is_over(tau: float, similarity: float, _: tuple[float, ...]) -> bool:
+    return similarity >= tau
+
+
 def learn_threshold(
     questions: Sequence[Labelled], taus: Sequence[float], config: LearningConfig
 ) -> tuple[float, int, int]:
@@ -176,7 +181,7 @@ def learn_threshold(
     replay = Replay(questions, config)
     best = (1.0, 0, 0)
     for tau in sorted(taus):
-        played = replay.stream(lambda similarity, _, tau=tau: similarity >= tau, replay.rarity)
+        played = replay.stream(partial(_is_over, tau), replay.rarity)
         right, false = int((played.served & played.right).sum()), int((played.served & ~played.right).sum())
         if false <= false_hits_allowed(len(replay), config.budget) and right > best[1]:
             best = (tau, right, false)
