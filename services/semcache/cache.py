@@ -141,6 +141,7 @@ class AnswerCache:
                     asked=finding.text,
                     stored=entry.text,
                     answer=entry.answer,
+                    tenant=query.tenant,
                 )
             )
 

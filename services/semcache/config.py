@@ -112,6 +112,12 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
     """One pool of examples for all tenants; what holds personal data stays out of it."""
     judge_share: float = 0.02
     """Share of the semantic hits that a judge, where there is one, looks at in the background."""
+    judge_model: str = ""
+    """The model of the mesh that judges hits in the background; empty: nobody does."""
+    judge_s: float = 30.0
+    """Longest time of a judgement: about ten short answers of the model."""
+    judge_queue: int = 16
+    """Hits that wait to be judged; more are not judged."""
     pays_after: int = 200
     """Semantic look-ups of a category before it is asked whether they pay for themselves; 0 never asks."""
     load_low: float = 0.5
@@ -140,6 +146,8 @@ class Config(CommonConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
             "flights_max",
             "flight_waiting_max",
             "flight_lease_s",
+            "judge_s",
+            "judge_queue",
         ):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be over 0")

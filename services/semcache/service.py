@@ -6,6 +6,7 @@ Every entry of an earlier process of the same worker is there before it says tha
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import anyio
 from anyio import to_thread
 from structlog.typing import FilteringBoundLogger
 
-from covey.actor import Restart, supervise
+from covey.actor import Restart, Supervisor, supervise
+from covey.errors import Unavailable
 from covey.net.bus import Bus
+from covey.net.channels import Channel
 from covey.net.registry import Registry
 from covey.policy.reuse import CategoryPolicy, ReusePolicy
 from covey.runtime import Runtime
@@ -31,11 +34,13 @@ from .flights import open_flights
 from .journal import Journals
 from .learning import learn_categories
 from .learnt import read_learnt, with_models
+from .mesh_judge import MeshJudge
 from .metrics import CacheMetrics
 from .minilm import PACKAGED, EncoderModel, SentenceModel, find_model, fingerprint, verify
 from .onnx_model import OnnxModel, file_fingerprint
 from .peers import ENCODER, Peers
 from .servicer import SemCacheServicer
+from .shadow import Sample, Sampled, Shadow, dropping
 from .storage import open_library
 from .tutor import Tutor
 from .upkeep import Upkeep
@@ -67,12 +72,15 @@ async def serve(config: Config, rt: Runtime) -> None:
         if config.preload:
             encoder.offer(Encode(texts=()))
         embedder = Embedder(encoder, status, memo_max=config.memo_max)
+        sample = open_judge(config, supervisor, registry, rt, lambda hit, right: cache.judged(hit, right=right))
         cache = AnswerCache(
             library,
             ReusePolicy(policies),
             embedder,
             classifies=bool(config.examples()),
             limits=limits_of(config),
+            accounts=config.accounts(),
+            sample=sample,
             metrics=metrics,
             clock=rt.clock,
             rng=rt.rng,
@@ -81,12 +89,7 @@ async def serve(config: Config, rt: Runtime) -> None:
         branch = open_branch(desk, policies, Peers(lambda: ready_peers(registry), rt.worker), bus, rt)
         tutor = Tutor(embedder, config.tutor(), clock=rt.clock, rng=rt.rng)
         servicer = SemCacheServicer(
-            branch,
-            embedder,
-            tutor,
-            model=model,
-            embed_batch=config.encode_batch,
-            embed_wait_s=config.embed_wait_s,
+            branch, embedder, tutor, model=model, embed_batch=config.encode_batch, embed_wait_s=config.embed_wait_s
         )
         upkeep = Upkeep(library, embedder, metrics, rt.clock, every_s=config.sweep_s)
         learn = partial(learn_categories, config.examples(), embedder, cache, floor=config.classify_floor, log=rt.log)
@@ -104,6 +107,24 @@ async def serve(config: Config, rt: Runtime) -> None:
                 await rt.until_stopped()
             tg.cancel_scope.cancel()
         await upkeep.save()
+
+
+def open_judge(
+    config: Config, supervisor: Supervisor, registry: Registry, rt: Runtime, verdict: Callable[[Sampled, bool], None]
+) -> Sample | None:
+    """What takes hits to the judge, as an actor beside the cache; None where nobody is to judge."""
+    if not config.judge_model:
+        return None
+
+    def gateway() -> Channel:
+        records = [view.record for view in registry.workers(Role.GATEWAY)]
+        if not records:
+            raise Unavailable("no gateway is in the registry", retry_after_ms=500)
+        return rt.channels.to(min(records, key=lambda record: record.worker).address)
+
+    judge = MeshJudge(gateway, config.judge_model, timeout_s=config.judge_s)
+    shadow = partial(Shadow, judge, verdict, rt.log)
+    return dropping(supervisor.start(shadow, name="judge", capacity=config.judge_queue, restart=Restart()))
 
 
 def limits_of(config: Config) -> CacheLimits:

@@ -11,6 +11,7 @@ from structlog.typing import FilteringBoundLogger
 
 from covey.actor import ActorStopped, Inbox, Ref
 from covey.errors import CoveyError, Overloaded
+from covey.types.ids import TenantId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,7 @@ class Sampled:
     asked: str
     stored: str
     answer: str
+    tenant: TenantId = TenantId("")
 
 
 Sample = Callable[[Sampled], object]
