@@ -27,7 +27,7 @@ from covey.model.runner import TorchRunner, open_runner
 from covey.model.source import resolve
 from covey.model.tokenizer import open_tokenizer
 from covey.model.xquant import Keep, Recorder, Xquant
-from covey.types.kv import BlockShape
+from covey.types.block import BlockShape
 
 BLOCK_TOKENS = 32
 PREFIX_TOKENS, WINDOW_TOKENS = 512, 768

@@ -33,9 +33,10 @@ from covey.net.kv import KvClient, KvClientConfig, StoreNode
 from covey.net.kv.heap import keep_freed_memory
 from covey.net.process import boot_id
 from covey.net.rpc import Channels
+from covey.types.block import BlockShape
 from covey.types.common import Empty
 from covey.types.ids import BlockHash, NamespaceId, TenantId, WorkerId
-from covey.types.kv import BlockKey, BlockShape
+from covey.types.kv import BlockKey
 from covey.types.store import StoreKey
 
 ARENA_BYTES = 768 << 20

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import redis
-from redis.connection import HIREDIS_AVAILABLE
+from redis.connection import HIREDIS_AVAILABLE  # type: ignore[attr-defined]
 
 from benchmarks.drivers.kv_load import blocks_of, contents, together
 from benchmarks.drivers.lines import private_output, serve

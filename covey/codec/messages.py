@@ -24,7 +24,7 @@ from covey.types.limits import KEY, Limit
 T = TypeVar("T")
 PACKAGE = "covey.v1"
 HASH_BYTES = 16
-FILES = ("common", "lend", "generate", "kv", "program", "semcache", "flow", "event")
+FILES = ("common", "lend", "generate", "block", "kv_state", "kv", "program", "semcache", "flow", "event")
 
 Convert = Callable[[Any], Any]
 Check = Callable[[Any, str], None]

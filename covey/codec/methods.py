@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from covey.codec.chunks import decode_chunk, encode_chunk
 from covey.codec.messages import PACKAGE, decode, encode
-from covey.types import flow, generate, kv, lend, program, semcache
+from covey.types import flow, generate, kv, kv_state, lend, program, semcache
 from covey.types.common import Empty
 
 Q = TypeVar("Q")
@@ -139,17 +139,25 @@ class KvStore:
     RELEASE: Final[Unary[kv.LeaseRequest, Empty]] = Unary("KvStore", "Release", kv.LeaseRequest, Empty)
     PIN: Final[Unary[kv.PinRequest, kv.PinReply]] = Unary("KvStore", "Pin", kv.PinRequest, kv.PinReply)
     QUARANTINE: Final[Unary[kv.QuarantineRequest, Empty]] = Unary("KvStore", "Quarantine", kv.QuarantineRequest, Empty)
-    WATCH: Final[ServerStream[kv.WatchKvRequest, kv.KvEvent]] = ServerStream(
-        "KvStore", "Watch", kv.WatchKvRequest, kv.KvEvent
+    WATCH: Final[ServerStream[kv_state.WatchKvRequest, kv_state.KvEvent]] = ServerStream(
+        "KvStore", "Watch", kv_state.WatchKvRequest, kv_state.KvEvent
     )
-    SNAPSHOT: Final[ServerStream[Empty, kv.KvSnapshot]] = ServerStream("KvStore", "Snapshot", Empty, kv.KvSnapshot)
-    STATS: Final[Unary[Empty, kv.StoreStats]] = Unary("KvStore", "Stats", Empty, kv.StoreStats)
-    START: Final[Unary[kv.StartTask, kv.TaskStatus]] = Unary("KvStore", "Start", kv.StartTask, kv.TaskStatus)
-    GET_TASK: Final[Unary[kv.TaskRequest, kv.TaskStatus]] = Unary("KvStore", "GetTask", kv.TaskRequest, kv.TaskStatus)
-    CANCEL_TASK: Final[Unary[kv.TaskRequest, kv.TaskStatus]] = Unary(
-        "KvStore", "CancelTask", kv.TaskRequest, kv.TaskStatus
+    SNAPSHOT: Final[ServerStream[Empty, kv_state.KvSnapshot]] = ServerStream(
+        "KvStore", "Snapshot", Empty, kv_state.KvSnapshot
     )
-    QUOTA: Final[Unary[kv.QuotaRequest, kv.QuotaReply]] = Unary("KvStore", "Quota", kv.QuotaRequest, kv.QuotaReply)
+    STATS: Final[Unary[Empty, kv_state.StoreStats]] = Unary("KvStore", "Stats", Empty, kv_state.StoreStats)
+    START: Final[Unary[kv_state.StartTask, kv_state.TaskStatus]] = Unary(
+        "KvStore", "Start", kv_state.StartTask, kv_state.TaskStatus
+    )
+    GET_TASK: Final[Unary[kv_state.TaskRequest, kv_state.TaskStatus]] = Unary(
+        "KvStore", "GetTask", kv_state.TaskRequest, kv_state.TaskStatus
+    )
+    CANCEL_TASK: Final[Unary[kv_state.TaskRequest, kv_state.TaskStatus]] = Unary(
+        "KvStore", "CancelTask", kv_state.TaskRequest, kv_state.TaskStatus
+    )
+    QUOTA: Final[Unary[kv_state.QuotaRequest, kv_state.QuotaReply]] = Unary(
+        "KvStore", "Quota", kv_state.QuotaRequest, kv_state.QuotaReply
+    )
 
 
 class Inference:

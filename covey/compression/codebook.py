@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from covey.compression.pages import Floats, Pages
 from covey.errors import DataCorrupt, InvalidArgument
-from covey.types.kv import BlockShape
+from covey.types.block import BlockShape
 
 MAGIC = b"COVEYPQ1"
 CODES = 256

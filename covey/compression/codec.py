@@ -9,7 +9,7 @@ import numpy as np
 
 from covey.compression.pages import Bytes, Pages, page_bytes, raw_bytes, read_pages, write_pages
 from covey.errors import DataCorrupt, InvalidArgument
-from covey.types.kv import BlockCodec, BlockShape
+from covey.types.block import BlockCodec, BlockShape
 
 
 class Codec(Protocol):

@@ -10,7 +10,7 @@ from covey.compression.fp16 import Fp16
 from covey.compression.int8 import Int8
 from covey.compression.pq4 import Pq4
 from covey.errors import LayoutMismatch
-from covey.types.kv import BlockCodec
+from covey.types.block import BlockCodec
 
 
 class Codecs:

@@ -6,7 +6,7 @@ import numpy as np
 
 from covey.compression.pages import Bytes, Pages
 from covey.errors import DataCorrupt, InvalidArgument
-from covey.types.kv import BlockCodec, BlockShape
+from covey.types.block import BlockCodec, BlockShape
 
 
 class Fp16:

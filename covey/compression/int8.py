@@ -6,7 +6,7 @@ import numpy as np
 
 from covey.compression.grid import from_grid, grid_bytes, to_grid
 from covey.compression.pages import Bytes, Pages
-from covey.types.kv import BlockCodec, BlockShape
+from covey.types.block import BlockCodec, BlockShape
 
 
 class Int8:

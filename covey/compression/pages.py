@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covey.errors import DataCorrupt, InvalidArgument, LayoutMismatch
-from covey.types.kv import BlockShape, KvElement
+from covey.types.block import BlockShape, KvElement
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -7,7 +7,7 @@ import numpy as np
 from covey.compression.codebook import CODES, PAIR, Codebook, nearest, pages_of, pairs_of
 from covey.compression.pages import Bytes, Floats, Pages
 from covey.errors import LayoutMismatch
-from covey.types.kv import BlockCodec, BlockShape
+from covey.types.block import BlockCodec, BlockShape
 
 _ID = np.dtype("<u8")
 

@@ -10,7 +10,8 @@ import anyio
 from covey.net.kv_events import KvEventPublisher
 from covey.policy.prefix_cache import BlockChanges, CacheKey
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import HASHES_MAX, KvEventKind, KvSnapshot, KvSnapshotEntry
+from covey.types.kv import HASHES_MAX
+from covey.types.kv_state import KvEventKind, KvSnapshot, KvSnapshotEntry
 
 from .engine import Engine
 

@@ -23,10 +23,10 @@ from covey.net.kv.codebook_file import read_codebook
 from covey.net.kv.heap import keep_freed_memory
 from covey.net.registry import Registry
 from covey.net.rpc import Channels
+from covey.types.block import BlockCodec
 from covey.types.event import WorkerState
 from covey.types.generate import Role
 from covey.types.ids import WorkerId
-from covey.types.kv import BlockCodec
 from covey.types.store import BlockStore
 
 from .actor import OnBlocks

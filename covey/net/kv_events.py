@@ -19,7 +19,7 @@ from covey.net.kv_holders import BlockHolders
 from covey.net.tasks import background_tasks
 from covey.types.generate import Role
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import KvEvent, KvEventKind, KvSnapshot
+from covey.types.kv_state import KvEvent, KvEventKind, KvSnapshot
 
 HASHES_PER_EVENT_MAX: Final = 4096
 ENTRIES_MAX: Final = 500_000

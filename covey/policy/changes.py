@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from covey.policy.block_columns import BlockColumns
 from covey.types.ids import BlockHash, NamespaceId
-from covey.types.kv import KvEventKind
+from covey.types.kv_state import KvEventKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from covey.types.block import BlockCodec, KvElement
 from covey.types.ids import BlockHash, TenantId
-from covey.types.kv import BlockCodec, KvElement, Tier
+from covey.types.kv_state import Tier
 
 _BITS = {BlockCodec.FP16: 16, BlockCodec.INT8: 8, BlockCodec.PQ4: 4}
 _ELEMENT_BITS = {KvElement.FP32: 32, KvElement.FP16: 16, KvElement.INT8: 8}

@@ -11,8 +11,8 @@ import xxhash
 
 from covey.policy.disk_record import RECORD_ALIGN
 from covey.policy.disk_table import FingerprintTable
+from covey.types.block import BlockCodec
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockCodec
 
 _CODECS: Final = tuple(BlockCodec)
 _NONE: Final = -1

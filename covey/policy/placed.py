@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from covey.policy.arena import PAGE_BYTES
 from covey.policy.block_columns import BlockColumns, Rows
 from covey.policy.shelf import CODECS, RAW, Shelf
+from covey.types.block import BlockCodec, BlockLocation, BlockLocations, BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockCodec, BlockLocation, BlockLocations, BlockShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

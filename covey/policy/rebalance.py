@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from covey.policy.placement import rank
 from covey.policy.ring import sites_of
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import RingVersion
+from covey.types.kv_state import RingVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

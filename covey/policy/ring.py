@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from covey.policy.placement import Site
 from covey.types.ids import WorkerId
-from covey.types.kv import RingMember, RingVersion
+from covey.types.kv_state import RingMember, RingVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,9 @@ from covey.policy.retention import Retention
 from covey.policy.slot import slot_bytes
 from covey.policy.spaces import Space, Spaces
 from covey.policy.tenant_ledger import TenantLedger
+from covey.types.block import BlockCodec, BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockCodec, BlockShape, KvEventKind
+from covey.types.kv_state import KvEventKind
 
 CODECS = tuple(BlockCodec)
 """By the number that the columns hold."""

@@ -8,8 +8,8 @@ from enum import IntEnum
 
 from covey.errors import DataCorrupt, InvalidArgument
 from covey.policy.arena import PAGE_BYTES
+from covey.types.block import BlockCodec, BlockShape, KvElement
 from covey.types.ids import BlockHash, NamespaceId
-from covey.types.kv import BlockCodec, BlockShape, KvElement
 
 MAGIC = b"COVEYKV2"
 _FIXED = struct.Struct("<8sHHIQQIHHHHHH32s32s")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from covey.errors import LayoutMismatch
 from covey.policy.block_columns import NONE
 from covey.policy.slot import slot_bytes
+from covey.types.block import BlockShape
 from covey.types.ids import NamespaceId
-from covey.types.kv import BlockShape
 
 
 @dataclass(slots=True, eq=False)

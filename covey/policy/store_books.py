@@ -14,7 +14,7 @@ from covey.policy.shelf import Shelf
 from covey.policy.shelf_check import check_shelf
 from covey.policy.store_limits import StoreLimits
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
-from covey.types.kv import KvEventKind
+from covey.types.kv_state import KvEventKind
 
 
 class StoreBooks:

@@ -19,9 +19,9 @@ from covey.policy.store_books import StoreBooks
 from covey.policy.store_limits import StoreLimits
 from covey.policy.tenant_ledger import TenantLedger
 from covey.policy.writing import Writing
+from covey.types.block import BlockCodec
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
 from covey.types.kv import (
-    BlockCodec,
     CommitRequest,
     LeaseGrant,
     LeaseRequest,
@@ -31,13 +31,11 @@ from covey.types.kv import (
     PinReply,
     PinRequest,
     QuarantineRequest,
-    QuotaReply,
-    QuotaRequest,
     RenewRequest,
     ReserveReply,
     ReserveRequest,
-    StoreStats,
 )
+from covey.types.kv_state import QuotaReply, QuotaRequest, StoreStats
 
 
 def _readable(codecs: Sequence[BlockCodec]) -> NDArray[np.bool_]:

@@ -15,18 +15,10 @@ from covey.policy.shelf import RAW, Shelf
 from covey.policy.slot import slot_bytes
 from covey.policy.spaces import Space
 from covey.policy.store_books import StoreBooks
+from covey.types.block import BlockCodec, BlockShape
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
-from covey.types.kv import (
-    BlockCodec,
-    BlockShape,
-    CommitRequest,
-    Grant,
-    GrantStatus,
-    KvEventKind,
-    LeaseGrant,
-    ReserveReply,
-    ReserveRequest,
-)
+from covey.types.kv import CommitRequest, Grant, GrantStatus, LeaseGrant, ReserveReply, ReserveRequest
+from covey.types.kv_state import KvEventKind
 
 
 @dataclass(slots=True, eq=False)

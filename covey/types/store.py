@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from covey.types.block import BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockKey, BlockShape
+from covey.types.kv import BlockKey
 
 Ready = Callable[[int], None]
 """Called on the event loop with n: the first n layers of every block of a load are in its buffers, verified."""

@@ -11,7 +11,7 @@ from covey.engine.servicer import EngineServicer
 from covey.net.rpc import Call, Handlers
 from covey.types.common import Empty
 from covey.types.generate import AdoptReply, AdoptRequest, ExportRequest, HandoverTicket, RetainReply, RetainRequest
-from covey.types.kv import KvSnapshot
+from covey.types.kv_state import KvSnapshot
 from covey.types.lend import AttendReply, AttendRequest, LendChunk, LendReply, ReturnRequest
 
 

@@ -19,7 +19,7 @@ from covey.secretfile import read_secret, write_secret
 from covey.types.common import Empty
 from covey.types.generate import EngineLoad, Role
 from covey.types.ids import TenantId, WorkerId
-from covey.types.kv import KvSnapshot
+from covey.types.kv_state import KvSnapshot
 
 from .assembly import Surroundings, assembled
 from .config import Config

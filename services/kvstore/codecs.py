@@ -10,8 +10,9 @@ from covey.compression import Codecs
 from covey.config import ConfigError, Positive
 from covey.net.kv.codebook_file import read_codebook
 from covey.policy.codecs import TierCodecs
+from covey.types.block import BlockCodec
 from covey.types.ids import TenantId
-from covey.types.kv import BlockCodec, Tier
+from covey.types.kv_state import Tier
 
 CodecName = Literal["RAW", "FP16", "INT8", "PQ4"]
 

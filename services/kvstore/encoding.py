@@ -10,7 +10,8 @@ from covey.errors import InvalidArgument, LayoutMismatch
 from covey.net.kv.copying import checksums
 from covey.policy.codecs import TierCodecs
 from covey.policy.disk_record import Record
-from covey.types.kv import BlockCodec, Tier
+from covey.types.block import BlockCodec
+from covey.types.kv_state import Tier
 
 LOWER = (Tier.DISK, Tier.REMOTE)
 

@@ -11,7 +11,7 @@ import anyio
 from covey.errors import CoveyError
 from covey.policy.changes import IndexChange
 from covey.types.ids import WorkerId
-from covey.types.kv import KvEvent
+from covey.types.kv_state import KvEvent
 
 SCHEMA = 1
 EVENT_HASHES_MAX = 4096

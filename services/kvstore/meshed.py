@@ -20,7 +20,8 @@ from covey.net.tasks import background_tasks
 from covey.runtime import Runtime
 from covey.types.event import WorkerState
 from covey.types.generate import EngineLoad, Role
-from covey.types.kv import KvEvent, StartTask, StoreInfo, StoreStats, TaskKind
+from covey.types.kv import StoreInfo
+from covey.types.kv_state import KvEvent, StartTask, StoreStats, TaskKind
 
 from .config import Config
 from .replication import Replication

@@ -22,17 +22,10 @@ from covey.errors import CoveyError, DataCorrupt, InvalidArgument, LayoutMismatc
 from covey.net.kv.copying import checksums
 from covey.policy.codecs import can_recode, settled
 from covey.policy.store_index import Placed
+from covey.types.block import BlockCodec
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import (
-    BlockCodec,
-    LeaseGrant,
-    LeaseRequest,
-    LookupRequest,
-    QuarantineRequest,
-    StartTask,
-    TaskKind,
-    Tier,
-)
+from covey.types.kv import LeaseGrant, LeaseRequest, LookupRequest, QuarantineRequest
+from covey.types.kv_state import StartTask, TaskKind, Tier
 
 from .codecs import CodecSettings
 from .store import Command, Store

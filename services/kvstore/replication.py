@@ -13,7 +13,7 @@ from covey.errors import CoveyError, InvalidArgument, NotFound, Unavailable
 from covey.net.kv.agreed import AgreedRing
 from covey.policy.rebalance import Duty, duty, without
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import KvEventKind, RingVersion, StartTask, StoreStats
+from covey.types.kv_state import KvEventKind, RingVersion, StartTask, StoreStats
 
 from .event_log import EventLog
 from .spreading import Duties, Spread, Spreader

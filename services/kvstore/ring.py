@@ -13,7 +13,7 @@ from covey.policy.ring import Membership, RingLimits
 from covey.types.event import WorkerState
 from covey.types.generate import Role
 from covey.types.ids import WorkerId
-from covey.types.kv import RingMember
+from covey.types.kv_state import RingMember
 
 LOOK_S: Final = 0.2
 TURN_S: Final = 0.4

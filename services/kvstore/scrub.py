@@ -16,7 +16,8 @@ from covey.errors import CoveyError, DataCorrupt
 from covey.net.kv.copying import checksums
 from covey.policy.store_index import Placed
 from covey.types.ids import BlockHash, NamespaceId
-from covey.types.kv import LeaseRequest, QuarantineRequest, StartTask, TaskKind
+from covey.types.kv import LeaseRequest, QuarantineRequest
+from covey.types.kv_state import StartTask, TaskKind
 
 from .store import Command, Store
 from .tasks import Progress

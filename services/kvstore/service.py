@@ -16,7 +16,8 @@ from covey.net.kv.heap import keep_freed_memory
 from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex
 from covey.runtime import Runtime
-from covey.types.kv import StoreInfo, StoreStats, TaskKind
+from covey.types.kv import StoreInfo
+from covey.types.kv_state import StoreStats, TaskKind
 
 from .arena_file import ArenaFile, arena_file, choose_directory
 from .bulk import BulkServer

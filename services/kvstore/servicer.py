@@ -13,7 +13,7 @@ from covey.codec.methods import KvStore
 from covey.errors import DataCorrupt, InvalidArgument, NoSpace
 from covey.net.rpc import Call, Handlers
 from covey.policy.store_index import Placed
-from covey.types import kv
+from covey.types import kv, kv_state
 from covey.types.common import Empty
 from covey.types.ids import TenantId
 
@@ -147,32 +147,32 @@ class Servicer:
         await self._do(call, lambda store, now: store.index.quarantine(request, now))
         return Empty()
 
-    async def watch(self, request: kv.WatchKvRequest, _: Call) -> AsyncIterator[kv.KvEvent]:
+    async def watch(self, request: kv_state.WatchKvRequest, _: Call) -> AsyncIterator[kv_state.KvEvent]:
         async for event in self._watching.watch(request):
             yield event
 
-    async def snapshot(self, _: Empty, __: Call) -> AsyncIterator[kv.KvSnapshot]:
+    async def snapshot(self, _: Empty, __: Call) -> AsyncIterator[kv_state.KvSnapshot]:
         async for page in self._watching.pages():
             yield page
 
-    async def stats(self, _: Empty, __: Call) -> kv.StoreStats:
+    async def stats(self, _: Empty, __: Call) -> kv_state.StoreStats:
         return self.now()
 
-    def now(self) -> kv.StoreStats:
+    def now(self) -> kv_state.StoreStats:
         """Count what is there."""
         stats = self._tiers.stats(self._store.index.stats())
         return stats if self._meshed is None else self._meshed.stats(stats)
 
-    async def start(self, request: kv.StartTask, _: Call) -> kv.TaskStatus:
+    async def start(self, request: kv_state.StartTask, _: Call) -> kv_state.TaskStatus:
         return self._tasks.start(request)
 
-    async def get_task(self, request: kv.TaskRequest, _: Call) -> kv.TaskStatus:
+    async def get_task(self, request: kv_state.TaskRequest, _: Call) -> kv_state.TaskStatus:
         return self._tasks.get(request.task)
 
-    async def cancel_task(self, request: kv.TaskRequest, _: Call) -> kv.TaskStatus:
+    async def cancel_task(self, request: kv_state.TaskRequest, _: Call) -> kv_state.TaskStatus:
         return self._tasks.cancel(request.task)
 
-    async def quota(self, request: kv.QuotaRequest, call: Call) -> kv.QuotaReply:
+    async def quota(self, request: kv_state.QuotaRequest, call: Call) -> kv_state.QuotaReply:
         return await self._do(call, lambda store, _: store.index.quota(request))
 
     async def _do(self, call: Call, act: Callable[[Store, float], R]) -> R:

@@ -13,8 +13,9 @@ from covey.errors import CoveyError
 from covey.net.kv.copier import Copier
 from covey.policy.rebalance import Duty
 from covey.policy.store_index import Placed
+from covey.types.block import BlockCodec
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import BlockCodec, BlockKey
+from covey.types.kv import BlockKey
 from covey.types.store import StoreKey
 
 from .store import Command, Store

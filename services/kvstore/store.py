@@ -16,15 +16,8 @@ from covey.net.kv.copying import digest
 from covey.policy.slot import SlotHeader, SlotState, header_bytes, payload_offset, slot_bytes
 from covey.policy.store_index import Placed, StoreIndex
 from covey.types.ids import BlockHash, LeaseId
-from covey.types.kv import (
-    CommitReply,
-    CommitRequest,
-    GrantStatus,
-    KvSnapshot,
-    KvSnapshotEntry,
-    ReserveReply,
-    ReserveRequest,
-)
+from covey.types.kv import CommitReply, CommitRequest, GrantStatus, ReserveReply, ReserveRequest
+from covey.types.kv_state import KvSnapshot, KvSnapshotEntry
 
 from .arena_file import ArenaFile
 from .event_log import EVENT_HASHES_MAX, EventLog

@@ -12,7 +12,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from covey.errors import CoveyError, NotFound, Overloaded, Unimplemented
-from covey.types.kv import StartTask, TaskKind, TaskState, TaskStatus
+from covey.types.kv_state import StartTask, TaskKind, TaskState, TaskStatus
 
 RUNNING_MAX = 8
 REMEMBERED_MAX = 512

@@ -16,8 +16,9 @@ from covey.errors import DataCorrupt, InvalidArgument
 from covey.net.kv.copying import checksums
 from covey.net.kv.reading import Layers, layer_range
 from covey.policy.store_index import Placed
+from covey.types.block import BlockShape
 from covey.types.ids import BlockHash
-from covey.types.kv import BlockShape, CommitRequest, GetRequest, WriteChunk
+from covey.types.kv import CommitRequest, GetRequest, WriteChunk
 
 from .store import Store
 

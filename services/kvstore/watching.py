@@ -7,7 +7,7 @@ from functools import partial
 
 from covey.actor import Ref
 from covey.types.ids import NamespaceId
-from covey.types.kv import KvEvent, KvEventKind, KvSnapshot, KvSnapshotEntry, WatchKvRequest
+from covey.types.kv_state import KvEvent, KvEventKind, KvSnapshot, KvSnapshotEntry, WatchKvRequest
 
 from .event_log import SCHEMA
 from .store import Command, Store

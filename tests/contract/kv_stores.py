@@ -23,9 +23,11 @@ from covey.net.process import boot_id
 from covey.net.rpc import Channels
 from covey.policy.store_index import StoreLimits
 from covey.testing import free_port
+from covey.types.block import BlockLocation
 from covey.types.common import Empty
 from covey.types.ids import BlockHash, WorkerId
-from covey.types.kv import BlockLocation, LookupRequest, ReserveRequest, StoreStats
+from covey.types.kv import LookupRequest, ReserveRequest
+from covey.types.kv_state import StoreStats
 from covey.types.store import BlockStore, StoreKey
 
 CAPACITY_BYTES = 16 << 20

@@ -16,8 +16,9 @@ import pytest
 from covey.clock import MonotonicClock
 from covey.errors import InvalidArgument, LayoutMismatch, LeaseExpired, NoSpace, Unavailable
 from covey.testing import assert_eventually
+from covey.types.block import BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockKey, BlockShape, ReserveRequest
+from covey.types.kv import BlockKey, ReserveRequest
 from covey.types.store import BlockStore, Held, StoreKey
 
 from .kv_stores import CAPACITY_BYTES, KINDS, StoreProcess, Subject, memory_subject, process_subject, store_process

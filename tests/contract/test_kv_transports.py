@@ -19,9 +19,10 @@ from covey.errors import LeaseExpired, Unavailable
 from covey.net.kv import KvClient
 from covey.net.rpc import Channels
 from covey.testing import assert_eventually
+from covey.types.block import BlockShape
 from covey.types.common import Empty
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockKey, BlockShape
+from covey.types.kv import BlockKey
 from covey.types.store import Held, StoreKey
 
 from .kv_stores import StoreProcess, client_of, store_process

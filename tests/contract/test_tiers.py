@@ -11,7 +11,7 @@ import pytest
 
 from covey.clock import MonotonicClock
 from covey.policy.disk_record import Record, pack
-from covey.types import kv
+from covey.types import block
 from services.kvstore.tiers.disk import DiskLimits, DiskTier
 from services.kvstore.tiers.engine import Engine, open_engine
 from services.kvstore.tiers.remote import RemoteLimits, RemoteTier
@@ -111,19 +111,19 @@ async def test_lossy_blocks_keep_their_codec(where: tuple[str, str]) -> None:
     async with opened(*where) as (tier, _):
         namespace = new_namespace()
         exact = new_chain(1, namespace)[0]
-        lossy = record(namespace, names(new_chain(1, namespace))[0], exact.hash, codec=kv.BlockCodec.INT8)
+        lossy = record(namespace, names(new_chain(1, namespace))[0], exact.hash, codec=block.BlockCodec.INT8)
         assert await tier.put([exact, lossy], durable=False) == 2
         read = await tier.get(namespace, lossy.hash)
         assert read is not None
-        assert read.header.codec is kv.BlockCodec.INT8
+        assert read.header.codec is block.BlockCodec.INT8
         if where[0] == "disk":  # an engine tells only when the block is read
-            assert await tier.prefix(namespace, names([exact, lossy]), (kv.BlockCodec.RAW,)) == 1
+            assert await tier.prefix(namespace, names([exact, lossy]), (block.BlockCodec.RAW,)) == 1
 
 
 async def test_large_blocks_pass(where: tuple[str, str]) -> None:
     async with opened(*where) as (tier, _):
         namespace = new_namespace()
-        chain = new_chain(3, namespace, shape=kv.BlockShape(size_bytes=1 << 20, layers=4))
+        chain = new_chain(3, namespace, shape=block.BlockShape(size_bytes=1 << 20, layers=4))
         assert await tier.put(chain, durable=False) == 3
         assert same(await tier.get(namespace, chain[1].hash), chain[1])
         assert tier.counts.put_bytes == 3 << 20

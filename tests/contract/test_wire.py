@@ -22,9 +22,10 @@ from covey import errors
 from covey.codec import decode, encode
 from covey.codec.messages import FILES, descriptor, is_union, optional_of
 from covey.codec.methods import SERVICES, BidiStream, ClientStream, ServerStream, methods_of
+from covey.types.block import BlockCodec, BlockLocation, BlockLocations
 from covey.types.generate import Event, GenerateRequest, KvScope, Sampling, Tokens
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, RequestId, TenantId
-from covey.types.kv import BlockCodec, BlockLocation, BlockLocations, GetRequest
+from covey.types.kv import GetRequest
 from covey.types.limits import KEY
 
 MODULES: list[ModuleType] = [import_module(f"covey.types.{name}") for name in FILES]

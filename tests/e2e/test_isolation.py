@@ -12,7 +12,7 @@ import pytest
 
 from covey.auth import MeshToken, new_api_key
 from covey.cli.mesh import Mesh
-from covey.codec.methods import Flow, KvStore, Programs, SemCache
+from covey.codec.methods import Flow, Programs, SemCache
 from covey.errors import CoveyError, NotFound
 from covey.net.rpc import Channel
 from covey.testing import assert_eventually
@@ -31,6 +31,7 @@ from covey.types.program import (
     SubmitCalls,
 )
 from covey.types.semcache import CacheStats
+from tests.support.kv_state import snapshot
 from tests.support.meshes import TINY
 from tests.support.probe import Probe, mesh_in_thread, probing
 
@@ -150,9 +151,9 @@ async def test_a_prefix_is_never_another_tenants(mesh: Mesh) -> None:
         for again in (await ask(owner, prompt, cache="bypass"), await ask(stranger, prompt, cache="bypass")):
             assert reused(again) > len(prompt) // 2
             assert again["text"] == first["text"]
-        snapshot = await probe.to("kvstore-0").call(KvStore.SNAPSHOT, Empty(), timeout_s=5)
-        hashes = [h for entry in snapshot.entries for h in entry.hashes]
-        assert len({entry.namespace for entry in snapshot.entries}) == 2
+        stored = (await snapshot(probe.to("kvstore-0"))).entries
+        hashes = [h for entry in stored for h in entry.hashes]
+        assert len({entry.namespace for entry in stored}) == 2
         assert len(hashes) == len(set(hashes)), "two tenants share a stored block"
         assert len(hashes) >= 2 * (len(prompt) // 32)
 

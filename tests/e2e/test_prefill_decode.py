@@ -32,6 +32,7 @@ from covey.types.generate import (
 )
 from covey.types.ids import RequestId
 from tests.support.engines import Answer, is_whole, plain, request_of
+from tests.support.kv_state import snapshot
 from tests.support.tiny_llama import write_tiny_llama
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -129,8 +130,7 @@ async def test_split_equals_decode_alone(tmp_path: Path, transport: str) -> None
             assert first.ids + rest.ids == alone.ids
             assert first.text + rest.text == alone.text
             await prefill.call(Prefill.CANCEL, CancelRequest(request_id=request.request_id), timeout_s=5)
-        snapshot = await decode.call(KvStore.SNAPSHOT, Empty(), timeout_s=5)
-        assert sum(len(entry.hashes) for entry in snapshot.entries) > 10
+        assert sum(len(entry.hashes) for entry in (await snapshot(decode)).entries) > 10
 
         async def leases() -> int:
             stats = [await mesh.to(f"kvstore-{i}").call(KvStore.STATS, Empty(), timeout_s=5) for i in range(2)]

@@ -21,9 +21,11 @@ from covey.net.kv import KvClient, KvClientConfig, StoreNode
 from covey.net.kv.held import StoreHeld
 from covey.net.rpc import Channel, Channels
 from covey.testing import assert_eventually
+from covey.types.block import BlockShape
 from covey.types.common import Empty
 from covey.types.ids import WorkerId
-from covey.types.kv import BlockShape, GetRequest, LeaseRequest, RenewRequest, StoreStats
+from covey.types.kv import GetRequest, LeaseRequest, RenewRequest
+from covey.types.kv_state import StoreStats
 from tests.contract.kv_stores import BOOT_ID, CAPACITY_BYTES, COOLING_S, StoreProcess, store_process
 from tests.support import kv_holder
 from tests.support.detour import Detour

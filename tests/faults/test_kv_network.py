@@ -20,10 +20,11 @@ from covey.model.runner import TorchRunner, open_runner
 from covey.model.tokenizer import Tokenizer, open_tokenizer
 from covey.net.kv import KvClient, KvClientConfig, StoreNode
 from covey.net.rpc import Channels
+from covey.types.block import BlockShape
 from covey.types.common import Empty
 from covey.types.generate import GenerateRequest, Handover, Role
 from covey.types.ids import BlockHash, LeaseId, WorkerId
-from covey.types.kv import CHUNK_BYTES_MAX, BlockShape, LookupRequest, WriteChunk
+from covey.types.kv import CHUNK_BYTES_MAX, LookupRequest, WriteChunk
 from tests.contract.kv_stores import BOOT_ID, StoreProcess, store_process
 from tests.support.detour import Detour
 from tests.support.engines import collect, is_whole, plain, request_of, running_engine

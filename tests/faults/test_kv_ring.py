@@ -11,7 +11,8 @@ import pytest
 from covey.clock import MonotonicClock
 from covey.errors import Unavailable
 from covey.types.ids import WorkerId
-from covey.types.kv import AckLevel, TaskKind, TaskState
+from covey.types.kv import AckLevel
+from covey.types.kv_state import TaskKind, TaskState
 from tests.support.kv_mesh import Chain, KvMesh, chain_of, kv_mesh
 from tests.unit.kvstore.test_tiers_process import write
 

@@ -22,7 +22,7 @@ from covey.testing import assert_eventually
 from covey.types.common import Empty
 from covey.types.generate import GenerateRequest, Handover, Role
 from covey.types.ids import WorkerId
-from covey.types.kv import StartTask, TaskKind, TaskRequest, TaskState, TaskStatus, Tier
+from covey.types.kv_state import StartTask, TaskKind, TaskRequest, TaskState, TaskStatus, Tier
 from tests.contract.kv_stores import BOOT_ID, StoreProcess, flip_byte, store_process
 from tests.support.engines import TENANT, collect, is_whole, plain, request_of, running_engine
 from tests.support.tiny_llama import write_tiny_llama

@@ -14,7 +14,7 @@ from covey.cli.mesh import Mesh
 from covey.codec.methods import KvStore
 from covey.testing import assert_eventually
 from covey.types.common import Empty
-from covey.types.kv import StoreStats
+from covey.types.kv_state import StoreStats
 from tests.support.meshes import PACKAGED, TINY, chat_body, client_of, mesh_of
 from tests.support.probe import CALL_S, Probe, probing
 

@@ -18,6 +18,7 @@ from covey.errors import Unavailable
 from covey.model.plan import Runner
 from covey.net.memory_kv import MemoryBlockStore
 from covey.testing import assert_eventually
+from covey.types.block import BlockShape
 from covey.types.generate import (
     Event,
     Finished,
@@ -30,7 +31,8 @@ from covey.types.generate import (
     Tokens,
 )
 from covey.types.ids import BlockHash, NamespaceId, RequestId, TenantId, WorkerId
-from covey.types.kv import BlockKey, BlockShape, LookupReply, LookupRequest, QuarantineRequest, StoreStats
+from covey.types.kv import BlockKey, LookupReply, LookupRequest, QuarantineRequest
+from covey.types.kv_state import StoreStats
 from covey.types.store import Held, Ready, StoreKey
 
 TENANT = TenantId("t")

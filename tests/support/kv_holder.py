@@ -15,8 +15,9 @@ from covey.clock import MonotonicClock
 from covey.codec.methods import KvStore
 from covey.net.kv import KvClient, StoreNode
 from covey.net.rpc import Channels
+from covey.types.block import BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId, WorkerId
-from covey.types.kv import BlockKey, BlockShape, PinKind, PinRequest
+from covey.types.kv import BlockKey, PinKind, PinRequest
 from covey.types.store import StoreKey
 from tests.contract.kv_stores import BOOT_ID
 from tests.support.kv_mesh import Chain

@@ -23,9 +23,11 @@ from covey.net.registry import Registry
 from covey.net.rpc import Channel, Channels
 from covey.policy.rebalance import holders
 from covey.testing import assert_eventually
+from covey.types.block import BlockShape
 from covey.types.common import Empty
 from covey.types.ids import BlockHash, NamespaceId, TenantId, WorkerId
-from covey.types.kv import BlockKey, BlockShape, StartTask, StoreStats, TaskKind, TaskRequest, TaskState, TaskStatus
+from covey.types.kv import BlockKey
+from covey.types.kv_state import StartTask, StoreStats, TaskKind, TaskRequest, TaskState, TaskStatus
 from covey.types.store import BlockStore, Held, StoreKey
 from tests.contract.kv_stores import BOOT_ID, StoreProcess
 from tests.support.nats import NatsServer

@@ -8,8 +8,8 @@ import xxhash
 
 from covey.policy.disk_record import Record
 from covey.policy.slot import SlotHeader, SlotState
+from covey.types.block import BlockCodec, BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockCodec, BlockShape
 
 SHAPE = BlockShape(size_bytes=3 * 4_000, layers=3)
 ROOT = BlockHash(b"")

@@ -31,7 +31,8 @@ from covey.codec.methods import Decode, KvStore
 from covey.net.rpc import Channel, Replies
 from covey.types.common import Empty
 from covey.types.generate import EngineLoad, Event, GenerateRequest
-from covey.types.kv import LookupReply, LookupRequest, StoreStats
+from covey.types.kv import LookupReply, LookupRequest
+from covey.types.kv_state import StoreStats
 from covey.types.program import ModelCard, VariableValue
 
 

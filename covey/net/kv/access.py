@@ -25,14 +25,7 @@ from covey.net.kv.shared import SharedMemory
 from covey.net.kv.stream import GrpcStream
 from covey.net.kv.transport import Transport
 from covey.types.ids import BlockHash
-from covey.types.kv import (
-    CommitRequest,
-    GrantStatus,
-    LookupRequest,
-    QuarantineRequest,
-    ReserveReply,
-    ReserveRequest,
-)
+from covey.types.kv import CommitRequest, GrantStatus, LookupRequest, QuarantineRequest, ReserveReply, ReserveRequest
 from covey.types.store import StoreKey
 
 PENDING_WAIT_S = 0.02

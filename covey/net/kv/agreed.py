@@ -16,7 +16,7 @@ from covey.net.bus import Bucket, Bus, KvChange
 from covey.net.tasks import background_tasks
 from covey.policy.ring import is_newer
 from covey.types.ids import WorkerId
-from covey.types.kv import RingMember, RingVersion
+from covey.types.kv_state import RingMember, RingVersion
 
 BUCKET: Final = "covey-kv-ring"
 KEY: Final = "ring"

@@ -14,7 +14,8 @@ from covey.net.kv.node import ChannelSource, Node, StoreNode
 from covey.net.kv.partial import Partial
 from covey.net.kv.ring import Ring, RingSettings, no_ring
 from covey.types.ids import BlockHash, WorkerId
-from covey.types.kv import BlockKey, PinKind, PinRequest, ReserveRequest, RingVersion
+from covey.types.kv import BlockKey, PinKind, PinRequest, ReserveRequest
+from covey.types.kv_state import RingVersion
 from covey.types.store import Held, Ready, StoreKey
 
 LOADER = "load"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from covey.compression import Codebook
-from covey.types.kv import BlockCodec
+from covey.types.block import BlockCodec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

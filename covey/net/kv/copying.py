@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from covey.types.kv import BlockShape
+from covey.types.block import BlockShape
 
 RELEASED_BYTES = 32 * 1024
 """Copies of at least so many bytes let other threads run; for less that costs more than it gives."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from covey.compression import Codecs, decode
 from covey.errors import DataCorrupt, LayoutMismatch
 from covey.net.kv.reading import Reading
-from covey.types.kv import BlockCodec, BlockLocation, BlockLocations, BlockShape
+from covey.types.block import BlockCodec, BlockLocation, BlockLocations, BlockShape
 
 
 class Decoding:

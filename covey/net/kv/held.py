@@ -11,8 +11,9 @@ from covey.clock import Clock
 from covey.codec.methods import KvStore, Unary
 from covey.errors import CoveyError, Fenced, LeaseExpired
 from covey.net.kv.node import Node
+from covey.types.block import BlockLocation
 from covey.types.ids import BlockHash, TenantId
-from covey.types.kv import BlockLocation, LeaseGrant, LeaseRequest, RenewRequest
+from covey.types.kv import LeaseGrant, LeaseRequest, RenewRequest
 from covey.types.store import StoreKey
 
 RELEASE_TIMEOUT_S = 1.0

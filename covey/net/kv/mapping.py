@@ -12,8 +12,9 @@ from covey.errors import DataCorrupt, Unavailable
 from covey.net.kv.copying import copy_in, copy_out, digest
 from covey.net.kv.reading import Layers
 from covey.policy.slot import SlotHeader, SlotState, header_bytes, payload_offset, slot_bytes
+from covey.types.block import BlockLocation, BlockShape
 from covey.types.ids import NamespaceId
-from covey.types.kv import BlockLocation, BlockShape, StoreInfo
+from covey.types.kv import StoreInfo
 
 MADV_POPULATE_WRITE = 23
 """Linux 5.14; the mmap module does not name it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from covey.errors import InvalidArgument
-from covey.types.kv import BlockShape
+from covey.types.block import BlockShape
 from covey.types.store import Ready
 
 

@@ -11,7 +11,7 @@ from covey.net.kv.node import ChannelSource, Node, StoreNode
 from covey.policy.placement import Site, rank
 from covey.policy.ring import sites_of
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import RingVersion
+from covey.types.kv_state import RingVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

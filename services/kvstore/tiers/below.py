@@ -11,7 +11,7 @@ from anyio import to_thread
 from covey.clock import Clock
 from covey.policy.disk_record import Record
 from covey.policy.tiering import RateMeter
-from covey.types import kv
+from covey.types import block, kv_state
 from covey.types.ids import BlockHash, NamespaceId
 
 from .tier import ALL_CODECS, Tier
@@ -19,7 +19,7 @@ from .tier import ALL_CODECS, Tier
 Encoder = Callable[[Record], Record]
 """Encodes a block anew on its way down; runs in a thread. What comes back names its codec and its own checksums."""
 
-GUESSES = {kv.Tier.DISK: (4e8, 0.0005), kv.Tier.REMOTE: (1e8, 0.002)}
+GUESSES = {kv_state.Tier.DISK: (4e8, 0.0005), kv_state.Tier.REMOTE: (1e8, 0.002)}
 """Bytes a second and seconds a call, until something has been measured."""
 
 
@@ -36,7 +36,7 @@ class Below:
     """The tiers in the order in which they are asked; the last one is the truth. Measures what each takes."""
 
     def __init__(
-        self, tiers: Sequence[Tier], *, clock: Clock, encoders: Mapping[kv.Tier, Encoder] | None = None
+        self, tiers: Sequence[Tier], *, clock: Clock, encoders: Mapping[kv_state.Tier, Encoder] | None = None
     ) -> None:
         self.tiers = tuple(tiers)
         self.meters = {tier.kind: RateMeter(bytes_per_s=rate, call_s=call_s) for tier in tiers
@@ -57,7 +57,7 @@ class Below:
         return self.meters[self.tiers[0].kind].estimate_s(1, size_bytes)
 
     async def prefix(
-        self, namespace: NamespaceId, hashes: Sequence[BlockHash], codecs: Sequence[kv.BlockCodec] = ALL_CODECS
+        self, namespace: NamespaceId, hashes: Sequence[BlockHash], codecs: Sequence[block.BlockCodec] = ALL_CODECS
     ) -> Cold:
         """Return how far the hashes are found below; an engine that does not answer in time has nothing."""
         found = Cold()
@@ -84,7 +84,7 @@ class Below:
 
     async def put(self, records: Sequence[Record], *, durable: bool = False) -> int:
         """Keep blocks in every tier. Returns how many leading ones lie below now: durably, in the tier of truth."""
-        taken: dict[kv.Tier, int] = {}
+        taken: dict[kv_state.Tier, int] = {}
 
         async def put(tier: Tier) -> None:
             encoder = self._encoders.get(tier.kind)
@@ -102,7 +102,7 @@ class Below:
         for tier in self.tiers:
             await tier.heal()
 
-    def stats(self) -> tuple[kv.TierStats, ...]:
+    def stats(self) -> tuple[kv_state.TierStats, ...]:
         return tuple(tier.stats() for tier in self.tiers)
 
 

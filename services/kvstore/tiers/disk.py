@@ -20,7 +20,7 @@ from covey.config import ConfigError
 from covey.errors import DataCorrupt
 from covey.policy.disk_index import DiskIndex, Spot
 from covey.policy.disk_record import HEAD_BYTES_MAX, Record
-from covey.types import kv
+from covey.types import block, kv_state
 from covey.types.ids import BlockHash, NamespaceId
 
 from .segment import Found, Segment, sync_directory
@@ -51,7 +51,7 @@ class DiskTier:
     Fsync: a `durable` put answers after fdatasync; any other is on its way to the disk when the kernel likes.
     """
 
-    kind = kv.Tier.DISK
+    kind = kv_state.Tier.DISK
 
     def __init__(self, directory: Path, limits: DiskLimits, *, clock: Clock, seed: int) -> None:
         self.counts = TierCounts()
@@ -112,7 +112,7 @@ class DiskTier:
         return record
 
     async def prefix(
-        self, namespace: NamespaceId, hashes: Sequence[BlockHash], codecs: Sequence[kv.BlockCodec] = ALL_CODECS
+        self, namespace: NamespaceId, hashes: Sequence[BlockHash], codecs: Sequence[block.BlockCodec] = ALL_CODECS
     ) -> int:
         count = self.index.prefix(namespace, hashes, codecs)
         if count:
@@ -155,8 +155,8 @@ class DiskTier:
             log.warning("the disk tier takes writes again")
             self.why_read_only = ""
 
-    def stats(self) -> kv.TierStats:
-        return kv.TierStats(
+    def stats(self) -> kv_state.TierStats:
+        return kv_state.TierStats(
             tier=self.kind, blocks=self.index.blocks, used_bytes=self.index.total_bytes,
             capacity_bytes=self._limits.capacity_bytes, writable=not self.why_read_only,
             why=self.why_read_only,

@@ -18,7 +18,7 @@ from covey.net.kv.copying import copy_in
 from covey.policy.disk_record import Record, has_sums
 from covey.policy.rights import STORE
 from covey.policy.store_index import Placed
-from covey.types import kv
+from covey.types import block, kv
 from covey.types.ids import BlockHash, NamespaceId, TenantId
 from services.kvstore.store import Command, Store
 
@@ -128,7 +128,7 @@ class Memory:
             tenant=first.tenant, namespace=first.namespace, owner=OWNER, ttl_s=COPY_TTL_S,
             shape=replace(first.header.shape, size_bytes=first.raw_bytes or size_bytes),
             blocks=tuple(kv.BlockKey(hash=record.hash, parent=record.parent) for record in records),
-            codec=first.header.codec, encoded_bytes=0 if first.header.codec is kv.BlockCodec.RAW else size_bytes,
+            codec=first.header.codec, encoded_bytes=0 if first.header.codec is block.BlockCodec.RAW else size_bytes,
         )  # fmt: skip
         reply, unbacked = await self.ask(lambda store, now: _reserve(store, request, now))
         try:
@@ -196,8 +196,8 @@ class Memory:
         return Held(records=tuple(records))
 
 
-def _raw(slot: Placed) -> kv.BlockShape:
-    return slot.shape if slot.codec is kv.BlockCodec.RAW else raw(slot.shape)
+def _raw(slot: Placed) -> block.BlockShape:
+    return slot.shape if slot.codec is block.BlockCodec.RAW else raw(slot.shape)
 
 
 def _keep(store: Store, chain: Sequence[Placed], now: float) -> tuple[kv.LeaseGrant | None, tuple[Placed, ...]]:

@@ -9,7 +9,7 @@ import anyio
 from covey.errors import CoveyError
 from covey.policy.store_index import Placed, StoreIndex
 from covey.policy.tiering import Chain, Tiering
-from covey.types import kv
+from covey.types import kv_state
 from covey.types.ids import TenantId
 
 from .below import Below
@@ -81,5 +81,5 @@ class Mover:
         return [blocks[at] for at in order if self._policy.can_demote(chains[at], load_s(chains[at].size_bytes))]
 
     async def _is_over_quota(self, tenant: TenantId) -> bool:
-        quota = await self._memory.ask(lambda store, _: store.index.quota(kv.QuotaRequest(tenant=tenant)))
+        quota = await self._memory.ask(lambda store, _: store.index.quota(kv_state.QuotaRequest(tenant=tenant)))
         return bool(quota.quota_bytes) and quota.used_bytes > quota.quota_bytes

@@ -14,7 +14,7 @@ from covey.actor import Ref
 from covey.clock import Clock
 from covey.policy.tiering import Tiering
 from covey.secretfile import read_secret
-from covey.types import kv
+from covey.types import kv_state
 from services.kvstore.store import Command, Store
 
 from .below import Below, Encoder
@@ -33,7 +33,7 @@ from .tiers import Tiers
 @asynccontextmanager
 async def open_tiers(
     store: Store, actor: Ref[Command[object]], *, disk: DiskConfig, remote: RemoteConfig, move: MoveConfig,
-    worker: str, clock: Clock, rng: Random, encoders: Mapping[kv.Tier, Encoder] | None = None,
+    worker: str, clock: Clock, rng: Random, encoders: Mapping[kv_state.Tier, Encoder] | None = None,
 ) -> AsyncIterator[Tiers]:  # fmt: skip
     """Own the tiers of a store for a block, none if none are configured; `worker` is the name that a restart keeps.
 

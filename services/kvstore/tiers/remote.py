@@ -14,7 +14,7 @@ from covey.clock import Clock
 from covey.errors import DataCorrupt, Unavailable
 from covey.policy.disk_record import Record, pack, unpack
 from covey.retry import Breaker, BreakerState
-from covey.types import kv
+from covey.types import block, kv_state
 from covey.types.ids import BlockHash, NamespaceId
 
 from .engine import Engine
@@ -47,7 +47,7 @@ class RemoteLimits:
 class RemoteTier:
     """One record a key, the same bytes as on a disk, verified on every read. No method raises for the engine's sake."""
 
-    kind = kv.Tier.REMOTE
+    kind = kv_state.Tier.REMOTE
 
     def __init__(self, engine: Engine, *, limits: RemoteLimits, clock: Clock) -> None:
         self.counts = TierCounts()
@@ -92,7 +92,7 @@ class RemoteTier:
         return record
 
     async def prefix(
-        self, namespace: NamespaceId, hashes: Sequence[BlockHash], codecs: Sequence[kv.BlockCodec] = ALL_CODECS
+        self, namespace: NamespaceId, hashes: Sequence[BlockHash], codecs: Sequence[block.BlockCodec] = ALL_CODECS
     ) -> int:
         """Ask in batches that double, for as long as the look-up may take; codecs show when a block is read."""
         count, size = 0, FIRST_ASKED
@@ -125,9 +125,9 @@ class RemoteTier:
         if self._breaker.state(self._clock.now()) is not BreakerState.CLOSED:
             await self._call(lambda: self._engine.has(("covey/probe",)), self._limits.timeout_s)
 
-    def stats(self) -> kv.TierStats:
+    def stats(self) -> kv_state.TierStats:
         is_up = self.is_up
-        return kv.TierStats(tier=self.kind, writable=is_up, why="" if is_up else self._why)
+        return kv_state.TierStats(tier=self.kind, writable=is_up, why="" if is_up else self._why)
 
     @property
     def index_bytes(self) -> int:

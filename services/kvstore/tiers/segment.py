@@ -24,8 +24,8 @@ from covey.policy.disk_record import (
     starts_record,
     unpack,
 )
+from covey.types.block import BlockCodec
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockCodec
 
 SUFFIX = ".kv"
 

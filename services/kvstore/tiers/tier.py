@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from covey.policy.disk_record import Record
-from covey.types import kv
+from covey.types import block, kv_state
 from covey.types.ids import BlockHash, NamespaceId
 
-ALL_CODECS = tuple(kv.BlockCodec)
+ALL_CODECS = tuple(block.BlockCodec)
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class TierCounts:
 class Tier(Protocol):
     """Blocks under their names, verified on every read. No method raises for what is wrong with disk or engine."""
 
-    kind: kv.Tier
+    kind: kv_state.Tier
     counts: TierCounts
 
     async def put(self, records: Sequence[Record], *, durable: bool) -> int:
@@ -50,7 +50,7 @@ class Tier(Protocol):
         ...
 
     async def prefix(
-        self, namespace: NamespaceId, hashes: Sequence[BlockHash], codecs: Sequence[kv.BlockCodec] = ALL_CODECS
+        self, namespace: NamespaceId, hashes: Sequence[BlockHash], codecs: Sequence[block.BlockCodec] = ALL_CODECS
     ) -> int:
         """Return how many leading hashes are here in these codecs. An engine that is late answers with fewer."""
         ...
@@ -71,7 +71,7 @@ class Tier(Protocol):
         """Look whether what was in the way of writing is gone. Called now and then."""
         ...
 
-    def stats(self) -> kv.TierStats: ...
+    def stats(self) -> kv_state.TierStats: ...
 
     @property
     def index_bytes(self) -> int:

@@ -9,7 +9,7 @@ import anyio
 
 from covey.errors import CoveyError, FailedPrecondition, InvalidArgument, Unavailable
 from covey.policy.tiering import Chain, Tiering
-from covey.types import kv
+from covey.types import block, kv, kv_state
 from covey.types.ids import BlockHash, NamespaceId
 from services.kvstore.tasks import Handler, Progress
 
@@ -35,8 +35,8 @@ class Tiers:
         self._mover = mover
         self._policy = policy
 
-    def handlers(self) -> dict[kv.TaskKind, Handler]:
-        return {kv.TaskKind.PREFETCH: self.prefetch, kv.TaskKind.DEMOTE: self.demote}
+    def handlers(self) -> dict[kv_state.TaskKind, Handler]:
+        return {kv_state.TaskKind.PREFETCH: self.prefetch, kv_state.TaskKind.DEMOTE: self.demote}
 
     # -- reading -----------------------------------------------------------------
 
@@ -62,7 +62,7 @@ class Tiers:
         self, request: kv.LookupRequest, reply: kv.LookupReply, again: LookUp, within_s: float
     ) -> kv.LookupReply:
         missing = request.hashes[len(reply.blocks) :]
-        codecs = (kv.BlockCodec.RAW, *request.codecs)
+        codecs = (block.BlockCodec.RAW, *request.codecs)
         cold = await self.below.prefix(request.namespace, missing, codecs) if missing else Cold()
         if not cold.blocks:
             return reply
@@ -128,7 +128,7 @@ class Tiers:
 
     # -- tasks -------------------------------------------------------------------
 
-    async def prefetch(self, task: kv.StartTask, progress: Progress) -> str:
+    async def prefetch(self, task: kv_state.StartTask, progress: Progress) -> str:
         """Bring a chain up, from its first block that is not in memory on. Raises `InvalidArgument`."""
         if not task.hashes:
             raise InvalidArgument("name the blocks to bring up", field="hashes")
@@ -145,7 +145,7 @@ class Tiers:
     def scrub_after(self, memory: Handler) -> Handler:
         """Return a handler that scrubs memory, then, if no blocks are named, all tiers that this node answers for."""
 
-        async def scrub(task: kv.StartTask, progress: Progress) -> str:
+        async def scrub(task: kv_state.StartTask, progress: Progress) -> str:
             found = await memory(task, progress)
             if task.hashes or task.namespace:
                 return found
@@ -156,7 +156,7 @@ class Tiers:
 
         return scrub
 
-    async def demote(self, task: kv.StartTask, progress: Progress) -> str:
+    async def demote(self, task: kv_state.StartTask, progress: Progress) -> str:
         """Copy blocks down and let them go from memory, unless somebody needs them there; all, if none are named.
 
         Raises `Unavailable` when a tier does not take them, `FailedPrecondition` when there is no such tier.
@@ -176,10 +176,10 @@ class Tiers:
 
     # -- views -------------------------------------------------------------------
 
-    def stats(self, memory: kv.StoreStats) -> kv.StoreStats:
+    def stats(self, memory: kv_state.StoreStats) -> kv_state.StoreStats:
         """Return the store's counts with those of every tier."""
-        first = kv.TierStats(
-            tier=kv.Tier.MEMORY, blocks=memory.blocks, used_bytes=memory.used_bytes,
+        first = kv_state.TierStats(
+            tier=kv_state.Tier.MEMORY, blocks=memory.blocks, used_bytes=memory.used_bytes,
             capacity_bytes=memory.capacity_bytes,
         )  # fmt: skip
         bad = sum(tier.counts.quarantined for tier in self.below.tiers)

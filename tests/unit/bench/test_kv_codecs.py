@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks import kv_codecs
 from benchmarks.kv_codecs import BLOCK_TOKENS, Figures, add_rows, run
 from benchmarks.report import Report
-from covey.types.kv import BlockShape, KvElement
+from covey.types.block import BlockShape, KvElement
 from tests.support.tiny_llama import write_tiny_llama
 from tests.unit.compression.blocks import codebook_for
 

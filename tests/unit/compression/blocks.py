@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from covey.compression import Codebook, Codec, Fp16, Int8, Pq4
 from covey.compression.pages import Floats, Pages, raw_bytes, write_pages
-from covey.types.kv import BlockShape, KvElement
+from covey.types.block import BlockShape, KvElement
 
 ELEMENTS = (KvElement.FP32, KvElement.FP16, KvElement.INT8)
 

@@ -14,7 +14,7 @@ from covey.compression import Codec, Codecs, Fp16, Int8, Pq4, decode, encode, en
 from covey.compression.codebook import pairs_of
 from covey.compression.pages import Floats, read_pages
 from covey.errors import DataCorrupt, InvalidArgument, LayoutMismatch
-from covey.types.kv import BlockCodec, BlockShape, KvElement
+from covey.types.block import BlockCodec, BlockShape, KvElement
 from tests.unit.compression.blocks import codebook_for, codecs_for, pages_for, payload_for, shape_of, shapes
 
 seeds = st.integers(0, 2**32 - 1)

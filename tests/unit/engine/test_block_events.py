@@ -18,7 +18,7 @@ from covey.net.memory_bus import MemoryBroker
 from covey.testing import assert_eventually
 from covey.types.generate import Role
 from covey.types.ids import WorkerId
-from covey.types.kv import KvSnapshot
+from covey.types.kv_state import KvSnapshot
 from tests.support.engines import SCOPE, collect, request_of, running_engine
 
 WORKER = WorkerId("w1")

@@ -14,6 +14,7 @@ from covey.engine.engine import Engine
 from covey.engine.fake import FakeRunner
 from covey.engine.limits import EngineLimits
 from covey.testing import assert_eventually
+from covey.types.block import BlockShape
 from covey.types.generate import (
     AdoptRequest,
     Failed,
@@ -25,7 +26,6 @@ from covey.types.generate import (
     Role,
 )
 from covey.types.ids import RequestId, TenantId
-from covey.types.kv import BlockShape
 from tests.support.engines import Answer, Shelf, assert_idle, collect, is_whole, plain, request_of, running_engine
 
 LENGTHS = (1, 7, 8, 9, 16, 29, 32)

@@ -324,7 +324,8 @@ async def test_after_a_loss_another_worker_goes_on_with_other_creditors(model: M
     """As the gateway does: the same request, with what the client has; a creditor that is gone may still be listed."""
     request = long_request()
     async with site(model, (64, 64)) as here:
-        (address, _), emitted = here.lenders.engines["c0"], []
+        address, _ = here.lenders.engines["c0"]
+        emitted: list[int] = []
 
         def watch(event: Event) -> None:
             emitted.extend(event.ids if isinstance(event, Tokens) else ())

@@ -18,9 +18,10 @@ from covey.model.loading import load
 from covey.model.source import resolve
 from covey.net.kv import KvClient
 from covey.net.rpc import Channel, Channels
+from covey.types.block import BlockCodec
 from covey.types.generate import Finished, Handover, Role
 from covey.types.ids import WorkerId
-from covey.types.kv import BlockCodec, StartTask, TaskKind, TaskRequest, TaskState
+from covey.types.kv_state import StartTask, TaskKind, TaskRequest, TaskState
 from tests.contract.kv_stores import StoreProcess, client_of, store_process
 from tests.support.engines import SCOPE, TENANT, Answer, Shelf, collect, plain, request_of
 from tests.support.tiny_llama import write_tiny_llama

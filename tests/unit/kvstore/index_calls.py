@@ -6,10 +6,10 @@ from typing import Any
 
 from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex, StoreLimits
+from covey.types.block import BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
 from covey.types.kv import (
     BlockKey,
-    BlockShape,
     CommitBlock,
     CommitRequest,
     GrantStatus,

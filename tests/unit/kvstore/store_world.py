@@ -15,11 +15,10 @@ from covey.errors import CoveyError, FailedPrecondition, Fenced, LeaseExpired, M
 from covey.net.kv.copying import checksums, digest
 from covey.policy.slot import header_bytes, payload_offset
 from covey.testing import VirtualClock
+from covey.types.block import BlockLocation, BlockShape
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
 from covey.types.kv import (
     BlockKey,
-    BlockLocation,
-    BlockShape,
     CommitBlock,
     CommitRequest,
     Grant,
@@ -30,10 +29,10 @@ from covey.types.kv import (
     PinKind,
     PinRequest,
     QuarantineRequest,
-    QuotaRequest,
     RenewRequest,
     ReserveRequest,
 )
+from covey.types.kv_state import QuotaRequest
 from services.kvstore.store import Command, Store
 
 R = TypeVar("R")

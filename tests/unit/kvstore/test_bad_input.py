@@ -23,10 +23,10 @@ from covey.errors import (
 )
 from covey.net.kv.copying import checksums
 from covey.net.rpc import Channel
+from covey.types.block import BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
 from covey.types.kv import (
     BlockKey,
-    BlockShape,
     CommitBlock,
     CommitRequest,
     GetRequest,
@@ -38,12 +38,13 @@ from covey.types.kv import (
     RenewRequest,
     ReserveReply,
     ReserveRequest,
-    StoreStats,
     WriteChunk,
 )
+from covey.types.kv_state import StoreStats
 from tests.contract.kv_stores import StoreProcess
+from tests.support.kv_state import stats
 
-from .connection import connected, stats
+from .connection import connected
 
 SHAPE = BlockShape(size_bytes=3 * 4096, layers=3)
 MINE, OTHER, NOBODY = TenantId("t"), TenantId("u"), TenantId("")

@@ -34,9 +34,10 @@ from covey.net.kv.bulk_connection import BulkConnection
 from covey.net.kv.bulk_frame import HEADER, NONCE_BYTES, Kind
 from covey.net.rpc import Channels
 from covey.testing import assert_eventually
+from covey.types.block import BlockShape
 from covey.types.common import Empty
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
-from covey.types.kv import BlockKey, BlockShape, GetRequest, GrantStatus, ReserveReply, ReserveRequest, WriteChunk
+from covey.types.kv import BlockKey, GetRequest, GrantStatus, ReserveReply, ReserveRequest, WriteChunk
 from covey.types.store import StoreKey
 from tests.contract.kv_stores import StoreProcess, client_of, store_process
 

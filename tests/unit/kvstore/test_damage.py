@@ -8,8 +8,9 @@ from covey.net.kv.held import StoreHeld
 from covey.policy.slot import payload_offset
 from tests.contract.kv_stores import StoreProcess, flip_byte
 from tests.contract.test_block_store import SHAPE, buffers, chain, content, find, key, names, put
+from tests.support.kv_state import stats
 
-from .connection import connected, stats
+from .connection import connected
 
 
 @pytest.mark.parametrize("where_flipped", ["magic", "generation", "checksum", "payload", "last layer"])

@@ -17,7 +17,7 @@ from covey.clock import MonotonicClock
 from covey.config import ConfigError
 from covey.policy.disk_index import Spot
 from covey.policy.disk_record import Record
-from covey.types.kv import BlockShape
+from covey.types.block import BlockShape
 from services.kvstore.tiers.disk import DiskLimits, DiskTier
 from tests.support.records import SHAPE, names, new_chain, new_namespace
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex
 from covey.types.ids import BlockHash
-from covey.types.kv import BlockKey, KvEventKind
+from covey.types.kv import BlockKey
+from covey.types.kv_state import KvEventKind
 
 from .index_calls import CHAINS, SHAPES, M, N, commit, keys, lookup, release, reserve
 

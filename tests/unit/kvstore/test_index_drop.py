@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from covey.types.kv import KvEventKind
+from covey.types.kv_state import KvEventKind
 
 from .index_calls import CHAINS, N, T, commit, keys, lookup, make, release, reserve
 

@@ -10,16 +10,9 @@ import pytest
 from covey.policy.arena import PAGE_BYTES, Arena
 from covey.policy.retention import ReuseValue
 from covey.policy.store_index import StoreIndex, StoreLimits
+from covey.types.block import BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import (
-    BlockKey,
-    BlockShape,
-    CommitBlock,
-    CommitRequest,
-    LeaseRequest,
-    LookupRequest,
-    ReserveRequest,
-)
+from covey.types.kv import BlockKey, CommitBlock, CommitRequest, LeaseRequest, LookupRequest, ReserveRequest
 
 BLOCKS = 1_000_000 if os.environ.get("COVEY_SOAK") else 50_000
 BYTES_MAX = 256

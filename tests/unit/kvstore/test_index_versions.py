@@ -8,17 +8,10 @@ from hypothesis import strategies as st
 from covey.errors import CoveyError
 from covey.policy.rights import STORE
 from covey.policy.store_index import StoreIndex
+from covey.types.block import BlockCodec
 from covey.types.ids import BlockHash
-from covey.types.kv import (
-    BlockCodec,
-    GrantStatus,
-    KvEventKind,
-    LeaseGrant,
-    LeaseRequest,
-    LookupReply,
-    LookupRequest,
-    PinKind,
-)
+from covey.types.kv import GrantStatus, LeaseGrant, LeaseRequest, LookupReply, LookupRequest, PinKind
+from covey.types.kv_state import KvEventKind
 
 from .index_calls import CHAINS, SHAPES, N, T, commit, keys, lookup, make, pin, put, release, reserve
 

@@ -17,11 +17,10 @@ from covey.net.rpc import Channels
 from covey.testing import assert_eventually
 from covey.types.generate import Role
 from covey.types.ids import WorkerId
-from covey.types.kv import KvSnapshot
+from covey.types.kv_state import KvSnapshot
 from tests.contract.kv_stores import BOOT_ID, StoreProcess
 from tests.contract.test_block_store import buffers, chain, content, find, key, names, put
-
-from .connection import snapshot
+from tests.support.kv_state import snapshot
 
 KV_0 = WorkerId("kv-0")
 

@@ -16,7 +16,7 @@ from covey.net.kv.copying import checksums
 from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex
 from covey.testing import assert_eventually
-from covey.types import kv
+from covey.types import block, kv, kv_state
 from covey.types.ids import BlockHash, NamespaceId, TenantId, WorkerId
 from services.kvstore.arena_file import arena_file
 from services.kvstore.event_log import EventLog
@@ -26,7 +26,7 @@ from services.kvstore.tiers.opening import open_tiers
 from services.kvstore.tiers.tiers import Tiers
 
 CAPACITY_BYTES = 4 << 20
-SHAPE = kv.BlockShape(size_bytes=60_000, layers=4)
+SHAPE = block.BlockShape(size_bytes=60_000, layers=4)
 CLOCK = MonotonicClock()
 
 
@@ -102,7 +102,7 @@ async def test_tenants_over_their_quota_go_down_first(store: Store, tmp_path: Pa
     async with opened(store, tmp_path, MoveConfig(high=0.9, low=0.8)) as tiers:
         modest = [store_block(store, NamespaceId(b"m" * 16), "modest") for _ in range(8)]
         greedy = [store_block(store, NamespaceId(b"g" * 16), "greedy") for _ in range(8)]
-        store.index.quota(kv.QuotaRequest(tenant=TenantId("greedy"), quota_bytes=100_000))
+        store.index.quota(kv_state.QuotaRequest(tenant=TenantId("greedy"), quota_bytes=100_000))
         placed = store.index.coldest(16, CLOCK.now())
         order = await tiers._mover._in_order(list(placed))
         assert {each.location.hash for each in order[:8]} == set(greedy)

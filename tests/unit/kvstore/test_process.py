@@ -20,31 +20,30 @@ from covey.net.kv.held import StoreHeld
 from covey.net.rpc import Channel, Channels
 from covey.policy.slot import payload_offset
 from covey.testing import assert_eventually, free_port
+from covey.types.block import BlockShape
 from covey.types.common import Empty
 from covey.types.ids import BlockHash, LeaseId, TenantId, WorkerId
 from covey.types.kv import (
     CHUNK_BYTES_MAX,
     BlockKey,
-    BlockShape,
     CommitBlock,
     CommitRequest,
     GetRequest,
     GrantStatus,
-    KvEvent,
-    KvEventKind,
     LeaseGrant,
     LeaseRequest,
     RenewRequest,
     ReserveReply,
     ReserveRequest,
-    WatchKvRequest,
     WriteChunk,
 )
+from covey.types.kv_state import KvEvent, KvEventKind, WatchKvRequest
 from covey.types.store import StoreKey
 from tests.contract.kv_stores import BOOT_ID, CAPACITY_BYTES, StoreProcess, flip_byte
 from tests.contract.test_block_store import LARGE, SHAPE, buffers, chain, content, find, key, names, put
+from tests.support.kv_state import snapshot, stats
 
-from .connection import connected, snapshot, stats
+from .connection import connected
 
 
 async def reserve(channel: Channel, where: StoreKey, blocks: list[BlockKey], *, ttl_s: float = 20.0) -> ReserveReply:

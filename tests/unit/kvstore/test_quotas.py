@@ -8,17 +8,8 @@ from covey.errors import LeaseExpired, QuotaExceeded
 from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex, StoreLimits
 from covey.types.ids import LeaseId, TenantId, WorkerId
-from covey.types.kv import (
-    CommitRequest,
-    GrantStatus,
-    KvEventKind,
-    LeaseGrant,
-    PinKind,
-    QuotaRequest,
-    RenewRequest,
-    ReserveReply,
-    ReserveRequest,
-)
+from covey.types.kv import CommitRequest, GrantStatus, LeaseGrant, PinKind, RenewRequest, ReserveReply, ReserveRequest
+from covey.types.kv_state import KvEventKind, QuotaRequest
 from services.kvstore.event_log import HASHES_KEPT_MAX, EventLog
 
 from .index_calls import CHAINS, SHAPES, N, T, commit, keys, lookup, make, pin, put, release, reserve

@@ -16,20 +16,11 @@ from covey.codec.methods import KvStore
 from covey.compression import Codebook, Codec, Fp16, Int8, Pq4, decode, encode
 from covey.net.kv import KvClient
 from covey.net.rpc import Channel, Channels
+from covey.types.block import BlockCodec, BlockShape
 from covey.types.common import Empty
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import (
-    BlockCodec,
-    BlockKey,
-    BlockShape,
-    KvEventKind,
-    StartTask,
-    TaskKind,
-    TaskRequest,
-    TaskState,
-    TaskStatus,
-    WatchKvRequest,
-)
+from covey.types.kv import BlockKey
+from covey.types.kv_state import KvEventKind, StartTask, TaskKind, TaskRequest, TaskState, TaskStatus, WatchKvRequest
 from covey.types.store import StoreKey
 from tests.contract.kv_stores import StoreProcess, client_of, flip_byte, store_process
 from tests.unit.compression.blocks import codebook_for, payload_for, shape_of

@@ -17,7 +17,7 @@ from covey.policy.retention import (
 )
 from covey.policy.store_index import StoreIndex, StoreLimits
 from covey.types.ids import BlockHash
-from covey.types.kv import KvEventKind, QuotaRequest
+from covey.types.kv_state import KvEventKind, QuotaRequest
 
 from .index_calls import CHAINS, N, T, keys, lookup, put, release, reserve
 

@@ -17,7 +17,6 @@ from covey.errors import (
 from covey.types.ids import BlockHash
 from covey.types.kv import (
     GrantStatus,
-    KvEventKind,
     LeaseGrant,
     LeaseRequest,
     LookupRequest,
@@ -25,6 +24,7 @@ from covey.types.kv import (
     QuarantineRequest,
     RenewRequest,
 )
+from covey.types.kv_state import KvEventKind
 
 from .index_calls import CHAINS, SHAPES, M, N, T, commit, keys, lookup, make, pin, put, release, reserve
 

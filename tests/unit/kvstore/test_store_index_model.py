@@ -24,16 +24,8 @@ from covey.policy.retention import ReuseValue
 from covey.policy.rights import STORE
 from covey.policy.store_index import StoreIndex, StoreLimits
 from covey.types.ids import BlockHash, LeaseId, NamespaceId, TenantId
-from covey.types.kv import (
-    BlockKey,
-    GrantStatus,
-    KvEventKind,
-    LeaseGrant,
-    PinKind,
-    QuarantineRequest,
-    QuotaRequest,
-    RenewRequest,
-)
+from covey.types.kv import BlockKey, GrantStatus, LeaseGrant, PinKind, QuarantineRequest, RenewRequest
+from covey.types.kv_state import KvEventKind, QuotaRequest
 
 from .index_calls import CHAINS, M, N, T, commit, keys, lookup, pin, release, reserve
 

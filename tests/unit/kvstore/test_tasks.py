@@ -9,12 +9,13 @@ from covey.codec.methods import KvStore
 from covey.errors import NoSpace, NotFound, Overloaded, Unimplemented
 from covey.net.rpc import Channel
 from covey.testing import assert_eventually, virtual_time
-from covey.types.kv import QuotaRequest, StartTask, TaskKind, TaskRequest, TaskState, TaskStatus
+from covey.types.kv_state import QuotaRequest, StartTask, TaskKind, TaskRequest, TaskState, TaskStatus
 from services.kvstore.tasks import Progress, Tasks
 from tests.contract.kv_stores import StoreProcess, flip_byte
 from tests.contract.test_block_store import chain, content, find, key, names, put
+from tests.support.kv_state import stats
 
-from .connection import connected, stats
+from .connection import connected
 
 SCRUB = StartTask(kind=TaskKind.SCRUB)
 

@@ -18,15 +18,17 @@ from covey.errors import FailedPrecondition, Unavailable
 from covey.net.kv.copying import checksums
 from covey.net.rpc import Channel
 from covey.testing import assert_eventually
-from covey.types import kv
+from covey.types import kv, kv_state
 from covey.types.ids import BlockHash, NamespaceId
-from covey.types.kv import AckLevel, BlockKey, Tier, TierStats
+from covey.types.kv import AckLevel, BlockKey
+from covey.types.kv_state import Tier, TierStats
 from covey.types.store import StoreKey
 from tests.contract.kv_stores import StoreProcess, flip_byte, store_process
 from tests.contract.test_block_store import SHAPE, buffers, chain, content, key, names, put
 from tests.support.engines_remote import REDIS, RedisServer, redis_server
+from tests.support.kv_state import stats
 
-from .connection import connected, stats
+from .connection import connected
 
 DISK = ("disk.capacity_bytes=67108864", "disk.segment_bytes=1048576")
 FAST = ("move.high=0.3", "move.low=0.1")
@@ -111,14 +113,14 @@ async def tier(channel: Channel, kind: Tier) -> TierStats:
     return next(each for each in (await stats(channel)).tiers if each.tier is kind)
 
 
-async def done(channel: Channel, task: kv.StartTask) -> kv.TaskStatus:
+async def done(channel: Channel, task: kv_state.StartTask) -> kv_state.TaskStatus:
     """Run a task to its end."""
     status = await channel.call(KvStore.START, task, timeout_s=5)
 
     async def ended() -> bool:
         nonlocal status
-        status = await channel.call(KvStore.GET_TASK, kv.TaskRequest(task=status.task), timeout_s=5)
-        return status.state is not kv.TaskState.RUNNING
+        status = await channel.call(KvStore.GET_TASK, kv_state.TaskRequest(task=status.task), timeout_s=5)
+        return status.state is not kv_state.TaskState.RUNNING
 
     await assert_eventually(ended, 10)
     return status
@@ -197,10 +199,10 @@ async def test_watchers_hear_what_moved_and_what_came_back(calm: StoreProcess) -
     where, blocks = key(), chain(3)
     async with connected(calm) as (_, channel):
         await write(channel, where, blocks, content(3))
-        seen: list[kv.KvEventKind] = []
+        seen: list[kv_state.KvEventKind] = []
 
         async def watch() -> None:
-            async with channel.stream(KvStore.WATCH, kv.WatchKvRequest(), timeout_s=None) as events:
+            async with channel.stream(KvStore.WATCH, kv_state.WatchKvRequest(), timeout_s=None) as events:
                 async for event in events:
                     seen.append(event.kind)
 
@@ -211,11 +213,11 @@ async def test_watchers_hear_what_moved_and_what_came_back(calm: StoreProcess) -
             tg.start_soon(watch)
             await assert_eventually(lambda: len(seen) >= 2)
             seen.clear()
-            await done(channel, kv.StartTask(kind=kv.TaskKind.DEMOTE, **fields))
-            await done(channel, kv.StartTask(kind=kv.TaskKind.PREFETCH, **fields))
+            await done(channel, kv_state.StartTask(kind=kv_state.TaskKind.DEMOTE, **fields))
+            await done(channel, kv_state.StartTask(kind=kv_state.TaskKind.PREFETCH, **fields))
             await assert_eventually(lambda: len(seen) >= 2)
             tg.cancel_scope.cancel()
-        assert seen == [kv.KvEventKind.MOVED, kv.KvEventKind.STORED]
+        assert seen == [kv_state.KvEventKind.MOVED, kv_state.KvEventKind.STORED]
 
 
 @pytest.mark.faults
@@ -257,33 +259,33 @@ async def test_prefetch_and_demote_move_chains(calm: StoreProcess) -> None:
         fields: dict[str, Any] = {
             "tenant": where.tenant, "namespace": where.namespace, "hashes": tuple(names(blocks)),
         }  # fmt: skip
-        status = await done(channel, kv.StartTask(kind=kv.TaskKind.DEMOTE, **fields))
-        assert (status.state, status.done) == (kv.TaskState.DONE, 6), status.why
+        status = await done(channel, kv_state.StartTask(kind=kv_state.TaskKind.DEMOTE, **fields))
+        assert (status.state, status.done) == (kv_state.TaskState.DONE, 6), status.why
         below = (await tier(channel, Tier.DISK)).blocks
         assert below >= 6
-        scrub = await done(channel, kv.StartTask(kind=kv.TaskKind.SCRUB))
-        assert scrub.state is kv.TaskState.DONE
+        scrub = await done(channel, kv_state.StartTask(kind=kv_state.TaskKind.SCRUB))
+        assert scrub.state is kv_state.TaskState.DONE
         assert scrub.done >= below
         assert "0 bad" in scrub.why
-        status = await done(channel, kv.StartTask(kind=kv.TaskKind.PREFETCH, **fields))
-        assert (status.state, status.done, status.total) == (kv.TaskState.DONE, 6, 6), status.why
+        status = await done(channel, kv_state.StartTask(kind=kv_state.TaskKind.PREFETCH, **fields))
+        assert (status.state, status.done, status.total) == (kv_state.TaskState.DONE, 6, 6), status.why
         reply = await look(channel, where, names(blocks))
         assert await read(channel, where, reply) == [bytes(each) for each in data]
-        everything = kv.StartTask(kind=kv.TaskKind.DEMOTE, tenant=where.tenant)
+        everything = kv_state.StartTask(kind=kv_state.TaskKind.DEMOTE, tenant=where.tenant)
         assert (await done(channel, everything)).done >= 6
         assert (await stats(channel)).blocks == 0
-        elsewhere = kv.StartTask(kind=kv.TaskKind.DEMOTE, tier=Tier.REMOTE, **fields)
-        assert (await done(channel, elsewhere)).state is kv.TaskState.FAILED
+        elsewhere = kv_state.StartTask(kind=kv_state.TaskKind.DEMOTE, tier=Tier.REMOTE, **fields)
+        assert (await done(channel, elsewhere)).state is kv_state.TaskState.FAILED
 
 
 async def test_only_what_stands_in_the_same_namespace_and_chain_comes_up(calm: StoreProcess) -> None:
     where, blocks, data = key(), chain(4), content(4)
     async with connected(calm) as (_, channel):
         await write(channel, where, blocks, data)
-        demote = kv.StartTask(
-            kind=kv.TaskKind.DEMOTE, tenant=where.tenant, namespace=where.namespace, hashes=tuple(names(blocks))
+        demote = kv_state.StartTask(
+            kind=kv_state.TaskKind.DEMOTE, tenant=where.tenant, namespace=where.namespace, hashes=tuple(names(blocks))
         )
-        assert (await done(channel, demote)).state is kv.TaskState.DONE
+        assert (await done(channel, demote)).state is kv_state.TaskState.DONE
         other = StoreKey(tenant=where.tenant, namespace=NamespaceId(os.urandom(16)), shape=SHAPE)
         assert (await look(channel, other, names(blocks), wait_s=1)).cold_blocks == 0
         middle = await look(channel, where, names(blocks)[2:], wait_s=1)
@@ -319,10 +321,13 @@ async def test_a_full_disk_is_told_and_heals_by_itself(tmp_path: Path, small_dis
             assert (state.writable, state.why) == (False, "the disk is full")
             reply = await look(channel, second, names(more))
             assert await read(channel, second, reply) == [bytes(each) for each in much], "memory is as it was"
-            demote = kv.StartTask(
-                kind=kv.TaskKind.DEMOTE, tenant=where.tenant, namespace=where.namespace, hashes=tuple(names(blocks))
+            demote = kv_state.StartTask(
+                kind=kv_state.TaskKind.DEMOTE,
+                tenant=where.tenant,
+                namespace=where.namespace,
+                hashes=tuple(names(blocks)),
             )
-            assert (await done(channel, demote)).state is kv.TaskState.DONE, "what is below already needs no room"
+            assert (await done(channel, demote)).state is kv_state.TaskState.DONE, "what is below already needs no room"
             reply = await look(channel, where, names(blocks), wait_s=5)
             assert await read(channel, where, reply) == [bytes(each) for each in data], "reads go on"
             other.unlink()

@@ -13,7 +13,8 @@ from covey.policy.arena import Arena
 from covey.policy.store_index import StoreIndex
 from covey.testing import VirtualClock, virtual_time
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import BlockKey, GrantStatus, KvSnapshot
+from covey.types.kv import BlockKey, GrantStatus
+from covey.types.kv_state import KvSnapshot
 from services.kvstore import watching
 from services.kvstore.arena_file import ArenaFile
 from services.kvstore.event_log import EventLog

@@ -14,7 +14,7 @@ from covey.net.memory import MemoryBroker
 from covey.net.nats import NatsBus
 from covey.testing import VirtualClock, assert_eventually, virtual_time
 from covey.types.ids import WorkerId
-from covey.types.kv import RingMember, RingVersion
+from covey.types.kv_state import RingMember, RingVersion
 from tests.support.nats import NatsServer
 
 A, B = (RingMember(worker=WorkerId(name), epoch=1, host=f"host-{name}", capacity_bytes=1 << 20) for name in "ab")

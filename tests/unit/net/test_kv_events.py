@@ -17,7 +17,7 @@ from covey.net.nats import NatsBus
 from covey.testing import assert_eventually, virtual_time
 from covey.types.generate import Role
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import KvEventKind, KvSnapshot, KvSnapshotEntry
+from covey.types.kv_state import KvEventKind, KvSnapshot, KvSnapshotEntry
 from tests.support.nats import NatsServer
 
 SPACE = NamespaceId(b"n" * 16)

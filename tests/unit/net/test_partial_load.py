@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 from covey.net.kv.partial import Partial
+from covey.types.block import BlockShape
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockShape
 from covey.types.store import Ready, StoreKey
 
 SHAPE = BlockShape(size_bytes=12, layers=3)

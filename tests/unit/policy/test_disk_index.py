@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from covey.policy.disk_index import DiskIndex, Spot
 from covey.policy.disk_record import RECORD_ALIGN
+from covey.types.block import BlockCodec
 from covey.types.ids import BlockHash, NamespaceId, TenantId
-from covey.types.kv import BlockCodec
 
 NS = NamespaceId(b"n" * 16)
 ALL = tuple(BlockCodec)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from covey.policy.rebalance import duty, holders, without
 from covey.types.ids import BlockHash, NamespaceId, WorkerId
-from covey.types.kv import RingMember, RingVersion
+from covey.types.kv_state import RingMember, RingVersion
 
 NS = NamespaceId(b"n" * 16)
 ROOTS = [BlockHash(i.to_bytes(16, "big")) for i in range(50)]

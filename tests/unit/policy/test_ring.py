@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from covey.policy.ring import Membership, RingLimits, is_newer
 from covey.types.ids import WorkerId
-from covey.types.kv import RingMember, RingVersion
+from covey.types.kv_state import RingMember, RingVersion
 
 LIMITS = RingLimits(join_s=1.0, leave_s=1.0, join_max_s=8.0, forgive_s=100.0)
 A, B, C = (RingMember(worker=WorkerId(name), epoch=1, capacity_bytes=1) for name in "abc")

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey.policy.codecs import TierCodecs, can_recode, settled
+from covey.types.block import BlockCodec, KvElement
 from covey.types.ids import BlockHash, TenantId
-from covey.types.kv import BlockCodec, KvElement, Tier
+from covey.types.kv_state import Tier
 
 KNOWN = frozenset({BlockCodec.FP16, BlockCodec.INT8})
 A, B = TenantId("a"), TenantId("b")
