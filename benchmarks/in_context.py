@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import Progress
 
 from benchmarks.cache_plots import share_plot
 from benchmarks.cache_vectors import VectorFile
@@ -21,6 +23,7 @@ from services.semcache.vectors import Vectors
 NEIGHBOURS = 20
 RESAMPLES = 500
 POINTS = 101
+QUICK_PAIRS = 250
 SPLITS = 5
 NEARLY = 0.98
 """Quality that counts as the large model's own, beside exactly that."""
@@ -36,9 +39,15 @@ def measure(report: Report, data: Path, vectors: VectorFile, console: Console, *
     A split learns from one half as the service would (each request shows only what the chosen model earned, and the
     second one's where the bandit asks for it) and is measured on the other; `SPLITS` such splits, pairs resampled.
     """
-    vectors.fill([*texts_to_compare(data), *(pair.text for pair in gsm8k(data).pairs)])
+    count = QUICK_PAIRS if quick else None
+    with Progress(console=console) as progress:
+        texts = [*texts_to_compare(data, count=count), *(pair.text for pair in gsm8k(data).pairs[:count])]
+        vectors.fill(texts, progress)
+    problems = gsm8k(data)
+    problems = replace(problems, pairs=problems.pairs[:count])
+    others = (read(data, vectors.vector, count=count) for read in (alpaca_eval, arena_hard))
     curves: dict[str, dict[str, Curve]] = {}
-    for pairs in (gsm8k(data), alpaca_eval(data, vectors.vector), arena_hard(data, vectors.vector)):
+    for pairs in (problems, *others):
         console.print(f"{pairs.name}: {len(pairs.pairs)} pairs; quality: {pairs.quality}", markup=False)
         curves[pairs.name] = _measure_set(report, pairs, vectors.vector, splits=2 if quick else SPLITS)
     share_plot(plot, curves, x="share sent to the large model", y="mean quality")
@@ -46,6 +55,9 @@ def measure(report: Report, data: Path, vectors: VectorFile, console: Console, *
 
 def _measure_set(report: Report, pairs: PairSet, vector_of: VectorOf, *, splits: int) -> dict[str, Curve]:
     """Add a set's rows and ratios; returns each system's mean curve at `POINTS` even shares."""
+    for always in ("small", "large"):
+        qualities = [getattr(pair, always) for pair in pairs.pairs]
+        report.add(case=pairs.name, system=f"always {always}", metric="quality", unit="", samples=qualities)
     drawn: dict[str, list[Curve]] = {}
     found: dict[str, dict[str, list[float]]] = {}
     for split in range(splits):

@@ -54,19 +54,20 @@ def gsm8k(data: Path) -> PairSet:
     return PairSet(name="routellm-gsm8k", quality="right or wrong", pairs=pairs)
 
 
-def texts_to_compare(data: Path) -> list[str]:
-    """Requests and heads of answers whose vectors `alpaca_eval` and `arena_hard` need."""
-    return [text for rows in (_alpaca(data), _arena(data)) for row in rows for text in (row[0], *map(_head, row[1:]))]
+def texts_to_compare(data: Path, *, count: int | None = None) -> list[str]:
+    """Requests and heads of answers whose vectors `alpaca_eval` and `arena_hard` need, of the first `count` of each."""
+    sets = (_alpaca(data)[:count], _arena(data)[:count])
+    return [text for rows in sets for row in rows for text in (row[0], *map(_head, row[1:]))]
 
 
-def alpaca_eval(data: Path, vector_of: Callable[[str], Vectors | None]) -> PairSet:
-    """805 instructions answered by Phi-2 and GPT-4."""
-    return PairSet(name="alpaca-eval", quality=_PROXY, pairs=_compared(_alpaca(data), vector_of))
+def alpaca_eval(data: Path, vector_of: Callable[[str], Vectors | None], *, count: int | None = None) -> PairSet:
+    """805 instructions answered by Phi-2 and GPT-4, or the first `count` of them."""
+    return PairSet(name="alpaca-eval", quality=_PROXY, pairs=_compared(_alpaca(data)[:count], vector_of))
 
 
-def arena_hard(data: Path, vector_of: Callable[[str], Vectors | None]) -> PairSet:
-    """500 hard prompts answered by GPT-3.5 and GPT-4."""
-    return PairSet(name="arena-hard", quality=_PROXY, pairs=_compared(_arena(data), vector_of))
+def arena_hard(data: Path, vector_of: Callable[[str], Vectors | None], *, count: int | None = None) -> PairSet:
+    """500 hard prompts answered by GPT-3.5 and GPT-4, or the first `count` of them."""
+    return PairSet(name="arena-hard", quality=_PROXY, pairs=_compared(_arena(data)[:count], vector_of))
 
 
 _PROXY = "cosine of the answer with the large model's (nobody judged these)"
