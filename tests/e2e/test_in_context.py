@@ -21,6 +21,8 @@ from covey.testing import assert_eventually
 from covey.types.common import Empty
 from covey.types.ids import TenantId
 from covey.types.semcache import CacheQuery, RouteQuery
+from services.semcache.mesh_judge import COMPARED, MeshJudge
+from services.semcache.shadow import Sampled
 from tests.support.meshes import client_of
 from tests.support.tiny_llama import write_tiny_llama
 
@@ -34,6 +36,7 @@ deadline_s = 10.0
 example_tokens_max = 200
 [semcache]
 encode_s = 10.0
+judge_model = "tiny"
 """
 ASKED = "how do I list the open ports of this machine"
 ROUNDS = 12
@@ -59,6 +62,8 @@ async def test_two_models_behind_one_name(tmp_path: Path) -> None:
                 await assert_eventually(partial(_has_grown, client, before), timeout_s=20)
         await assert_eventually(lambda: _is_sure(semcache), timeout_s=20)
 
+        await _the_judge_is_answered(mesh, client)
+
         mesh.children["semcache-0"].process.kill()
         orphan = await _ask(client, "auto", ASKED)
         assert orphan["model"] == "other", "without help the dearest model answers"
@@ -70,6 +75,20 @@ async def _semcache_of(mesh: Mesh) -> AsyncIterator[Channel]:
     token = MeshToken(mesh.plan.files.mesh_token_file.read_text())
     async with Channel.open(mesh.semcache, token=token) as channel:
         yield channel
+
+
+async def _the_judge_is_answered(mesh: Mesh, client: httpx.AsyncClient) -> None:
+    """A random model's verdicts are worth nothing; that the gateway takes the judge's questions is."""
+    hits = [
+        Sampled(category="faq", entry=t, asked=f"{t}?", stored=t, answer=f"as for {t}", tenant=TenantId(LOCAL_TENANT))
+        for t in ("ports", "files", "users", "disks")
+    ]
+    before = await _answered(client, "tiny")
+    token = MeshToken(mesh.plan.files.mesh_token_file.read_text())
+    async with Channel.open(mesh.grpc, token=token) as gateway:
+        judge = MeshJudge(lambda: gateway, "tiny", timeout_s=30.0)
+        assert [await judge.judge(hit) for hit in hits][:3] == [None] * 3, "nothing to compare with"
+    assert await _answered(client, "tiny") == before + 2 * COMPARED, "each reference in both orders"
 
 
 def _plan(folder: Path) -> MeshPlan:
