@@ -21,7 +21,7 @@ from covey.model.runner import TorchRunner, open_runner
 from covey.model.tokenizer import Tokenizer, open_tokenizer
 from covey.policy.meta_ranking import Comparison, MetaRanking, Reference, choose_references
 
-TARGETS, QUICK_TARGETS = 120, 16
+TARGETS, QUICK_TARGETS = 90, 16
 LEARNT_ON = 0.33
 """Share of the targets whose worth sets each method's threshold; the others are measured."""
 QUESTION_WORDS, ANSWER_WORDS = 60, 90
@@ -97,9 +97,21 @@ def measure(report: Report, data: Path, console: Console, *, model: str, cache_d
                 progress.advance(task)
     finally:
         judge.close()
-    cut = int(len(judged) * LEARNT_ON)
+    learnt, measured = _parted(judged)
     for method in ("covey", "self-confidence", "majority"):
-        _add(report, method, judged[:cut], judged[cut:])
+        _add(report, method, learnt, measured)
+
+
+def _parted(judged: Sequence[Target]) -> tuple[list[Target], list[Target]]:
+    """Those that set thresholds and those that are measured, with the same share of right ones in both."""
+    learnt: list[Target] = []
+    measured: list[Target] = []
+    for right in (True, False):
+        kind = [target for target in judged if target.right is right]
+        cut = round(len(kind) * LEARNT_ON)
+        learnt += kind[:cut]
+        measured += kind[cut:]
+    return learnt, measured
 
 
 def _judged(judge: ServedJudge, target: Pair, pool: Sequence[Pair]) -> Target:
