@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.meta_ranking import Target, _parted
+from benchmarks.meta_ranking import _add as _errors
 from benchmarks.nl2bash_examples import Task, _add, first_command, halves, likeness, plain
 from benchmarks.report import Report
 
@@ -54,3 +56,13 @@ def test_the_difference_is_reported_with_its_sign() -> None:
     assert found["difference", "right"].value == -0.5
     assert found["difference", "right"].lo < -0.5 < found["difference", "right"].hi
     assert report.ratios["examples/nl2bash/without"] == 0.5
+
+
+def test_thresholds_are_set_where_right_and_wrong_answers_are_as_common_as_where_they_are_measured() -> None:
+    judged = [Target(right=i < 9, scores={"covey": 1.0 if i < 9 else -1.0}) for i in range(12)]
+    learnt, measured = _parted(judged)
+    assert ([target.right for target in learnt].count(False), len(learnt)) == (1, 4)
+    assert len(measured) == 8
+    report = Report("cache")
+    _errors(report, "covey", learnt, measured)
+    assert {row.metric: row.value for row in report.rows} == {"precision": 1.0, "recall": 1.0}
