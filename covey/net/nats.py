@@ -139,7 +139,13 @@ class NatsBus:
             )
 
     async def _flush(self) -> None:
+        """Wait until the server has taken what was sent so far.
+
+        Twice, because nats-py writes a flush's PING ahead of commands that still wait in its buffer: by the first PONG
+        the buffer is on its way, the second one says that the server has it.
+        """
         try:
+            await self._client.flush(CLOSE_TIMEOUT_S)
             await self._client.flush(CLOSE_TIMEOUT_S)
         except (nats.errors.Error, OSError) as error:
             log.info("nats: not flushed: %s", type(error).__name__)  # a reconnect repeats the subscriptions
