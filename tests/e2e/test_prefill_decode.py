@@ -152,8 +152,11 @@ async def test_retain_demotes_and_sigterm_drains(tmp_path: Path) -> None:
             return (await store.call(KvStore.STATS, Empty(), timeout_s=5)).blocks == 3
 
         await assert_eventually(demoted, timeout_s=10)
-        loaded = await decode.call(Decode.LOAD, Empty(), timeout_s=5)
-        assert loaded.pinned_blocks == 0
+
+        async def unpinned() -> bool:
+            return (await decode.call(Decode.LOAD, Empty(), timeout_s=5)).pinned_blocks == 0
+
+        await assert_eventually(unpinned, timeout_s=5)
         long = replace(prompt(30), request_id=RequestId("long"), sampling=replace(prompt(30).sampling, max_tokens=400))
         answers: list[Answer] = []
 
