@@ -28,7 +28,10 @@ aio.init_grpc_aio()  # or the last call's disposal joins a thread, wherever the 
 # Shared machines make wall-clock deadlines per example flaky; the suite has its own timeout.
 hypothesis.settings.register_profile("covey", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("soak", deadline=None, print_blob=True, max_examples=2000)
-hypothesis.settings.load_profile("soak" if os.environ.get("COVEY_SOAK") else "covey")
+# What stands between a change and main tries the same examples every time; people and the soak look for new ones.
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+_PROFILE = "soak" if os.environ.get("COVEY_SOAK") else "ci" if os.environ.get("CI") else "covey"
+hypothesis.settings.load_profile(_PROFILE)
 
 
 @pytest.fixture
