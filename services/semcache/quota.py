@@ -145,7 +145,9 @@ class Ledger:
         """What is worth least of a partition; about 10 µs a thousand members."""
         chosen = np.frombuffer(members.slots, dtype=np.uint32)
         if len(chosen) > SCAN_MAX:
-            chosen = chosen[self._rng.sample(range(len(chosen)), SCAN_MAX)]
+            # An even part from a random place on: slots stand in no order, and drawing each would take milliseconds.
+            places = (np.arange(SCAN_MAX) * len(chosen)) // SCAN_MAX + self._rng.randrange(len(chosen))
+            chosen = chosen[places % len(chosen)]
         chosen = chosen[chosen != newest]
         values = self._table.value[chosen]
         least = chosen[values <= values.min() * (1.0 + 1e-9)]
