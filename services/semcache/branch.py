@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import TypedDict, TypeVar
 
@@ -92,6 +92,8 @@ class Branch:
         self._taking: set[TenantId] = set()
         self._sent = 0
         self._tasks: TaskGroup | None = None
+        self.on_invalidated: Callable[[TenantId], None] | None = None
+        """Told whose entries were invalidated, by whichever process, so that nothing else here goes on using them."""
 
     async def run(self) -> None:
         """Hear of invalidations and of who comes and goes, until cancelled."""
@@ -104,6 +106,8 @@ class Branch:
                 except InvalidArgument:
                     continue
                 self._want(event.tenant, event.epoch)
+                if self.on_invalidated is not None:
+                    self.on_invalidated(event.tenant)
 
     async def lookup(self, query: CacheQuery, *, timeout_s: float, is_forwarded: bool) -> CacheReply:
         """Answer from here if this process writes or follows the tenant, else ask its writer."""

@@ -88,6 +88,7 @@ async def serve(config: Config, rt: Runtime) -> None:
         desk = Desk(cache, library, embedder, open_flights(config, rt.clock, rt.rng, metrics), metrics, rt.clock)
         branch = open_branch(desk, policies, Peers(lambda: ready_peers(registry), rt.worker), bus, rt)
         tutor = Tutor(embedder, config.tutor(), clock=rt.clock, rng=rt.rng)
+        branch.on_invalidated = tutor.forget
         servicer = SemCacheServicer(
             branch, embedder, tutor, model=model, embed_batch=config.encode_batch, embed_wait_s=config.embed_wait_s
         )
